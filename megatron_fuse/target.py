@@ -50,8 +50,8 @@ def read_target(recipe: Recipe) -> Architecture:
     if shares_sequence(architecture, tensor, layout.sequence_parallel) and SEQUENCE_MULTIPLE % tensor:
         raise UserError(
             f"--tensor-model-parallel-size is {tensor}, but the tensor-parallel ranks of a mixture of "
-            f"experts share sequences, whose length is a multiple of {SEQUENCE_MULTIPLE}. Choose a size of at "
-            f"most {SEQUENCE_MULTIPLE}."
+            f"experts share sequences, whose length is a multiple of {SEQUENCE_MULTIPLE}. Choose a size "
+            f"of at most {SEQUENCE_MULTIPLE}."
         )
     return architecture
 

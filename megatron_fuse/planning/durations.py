@@ -149,8 +149,8 @@ def training_seconds(
     """The steps of a training at the recipe's layout.
 
     Model FLOPs are three times those of a forward pass, recomputed ones a fourth time. Padding costs as much
-    as tokens. What comes on top: the pipeline's bubble, the all-reduces of tensor parallelism, and the sum of
-    the gradients over the data-parallel ranks.
+    as tokens. What comes on top: the pipeline's bubble, the all-reduces of tensor parallelism, the way of the
+    tokens to their experts and back, and the sum of the gradients over the data-parallel ranks.
     """
     layout, training = recipe.parallel, recipe.training
     element = BYTES[training.precision]
@@ -163,18 +163,28 @@ def training_seconds(
     )
     passes = 4 if training.recompute else 3
     flops = passes * size.forward_flops(positions, length, positions)
-    computing = flops / (rates.training * ranks)
+    computing = flops / (rates.training * _mixture(size) * ranks)
     micro_batches = max(positions / work.steps / length / (training.micro_batch_size * data), 1.0)
     virtual = layout.virtual_pipeline_model_parallel_size or 1
     computing *= 1 + (pipeline - 1) / (math.ceil(micro_batches) * virtual)
     # Two all-reduces in each layer and direction, for the positions of this tensor group.
     elements = 4 * size.layers / pipeline * positions / data * size.hidden_size
     sending = _all_reduce_seconds(elements, tensor, rates.link, element)
+    # To the experts and back, forward and backward. The tensor ranks share the positions.
+    tokens = 4 * size.layers / pipeline * positions / data / tensor * size.experts_per_token
+    sending += _dispatch_seconds(layout, tokens * size.hidden_size * element, cluster, rates)
     return (
         computing
         + sending
         + work.steps * _exposed(layout, size, cluster, rates, data, computing / work.steps)
     )
+
+
+def _dispatch_seconds(layout: ParallelOptions, bytes_sent: float, cluster: Cluster, rates: Rates) -> float:
+    """The time in which a rank sends tokens to experts of other ranks."""
+    experts, size = layout.expert_model_parallel_size, layout.expert_tensor_size
+    rate = rates.link if experts * size <= cluster.per_node else min(rates.link, rates.network)
+    return bytes_sent * (experts - 1) / experts / rate
 
 
 def padded_length(recipe: Recipe, mean_length: float) -> float:
@@ -191,12 +201,20 @@ def _exposed(
 
     Overlapped sums hide behind the computation of the last micro-batches, here a half of it.
     """
-    of_rank = size.parameters / layout.model_parallel_size
+    of_experts = size.expert_parameters / layout.pipeline_model_parallel_size
+    of_experts /= layout.expert_tensor_size * layout.expert_model_parallel_size
+    shared = (size.parameters - size.expert_parameters) / layout.model_parallel_size
     # Megatron numbers tensor ranks first, then data-parallel ones. In a node with several ranks of a group
     # NCCL's rings leave through all of their network cards.
     in_one_node = layout.tensor_model_parallel_size * data <= cluster.per_node
     through_cards = rates.network * cluster.per_node / layout.tensor_model_parallel_size
     rate = rates.link if in_one_node else min(rates.link, through_cards)
-    bytes_sent = 2 * 4 * of_rank if not layout.use_distributed_optimizer else (4 + 2) * of_rank
-    sending = bytes_sent * (data - 1) / data / rate
+    bytes_of_one = 2 * 4 if not layout.use_distributed_optimizer else 4 + 2
+    # The ranks that hold the same experts are fewer: those of one expert-parallel group hold different ones.
+    holders = (
+        data
+        * layout.tensor_model_parallel_size
+        / (layout.expert_tensor_size * layout.expert_model_parallel_size)
+    )
+    sending = bytes_of_one * (shared * (data - 1) / data + of_experts * (holders - 1) / holders) / rate
     return max(sending - computing / 2, 0.0) if layout.overlap_grad_reduce else sending

@@ -44,8 +44,13 @@ class ModelSize:
     key_value_heads: int
     head_dim: int
     vocab_size: int
-    is_mixture: bool = False  # of experts, of which a token uses a few
+    expert_parameters: int = 0  # of all experts of all layers, in a mixture of them
+    experts_per_token: int = 0
     quantised_bits: int | None = None  # of a weight in the layers; None: the weights have the recipe's dtype
+
+    @property
+    def is_mixture(self) -> bool:
+        return self.expert_parameters > 0
 
     @property
     def cached(self) -> int:
@@ -123,7 +128,8 @@ def size_of(
         key_value_heads=_first(text, ("num_key_value_heads",)) or heads,
         head_dim=_first(text, ("head_dim",)) or hidden // heads,
         vocab_size=vocabulary,
-        is_mixture=of_experts > 0,
+        expert_parameters=of_experts,
+        experts_per_token=used if of_experts else 0,
         quantised_bits=_quantised_bits(config),
     )
 

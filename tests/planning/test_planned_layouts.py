@@ -1,9 +1,19 @@
 """The layout that is proposed fits, stays with the recipe where it can, and changes as little as it must."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.planning.durations import Layout, answering_seconds, reading_seconds
+from megatron_fuse.planning.durations import (
+    MIXTURE_SHARE,
+    PACKED_SHARE,
+    Layout,
+    TrainingWork,
+    answering_seconds,
+    reading_seconds,
+    training_seconds,
+)
 from megatron_fuse.planning.gpus import GPUS, Cluster, parse_cluster
 from megatron_fuse.planning.layouts import (
     Choice,
@@ -15,6 +25,7 @@ from megatron_fuse.planning.layouts import (
 from megatron_fuse.planning.memory import Need, reading_need
 from megatron_fuse.planning.rates import assumed_rates
 from megatron_fuse.planning.sizes import ModelSize
+from megatron_fuse.recipe import make_recipe
 
 CLUSTER = parse_cluster("8xH100-80", 2)
 RATES = assumed_rates(CLUSTER.gpu)
@@ -140,3 +151,33 @@ def test_decoding_takes_as_long_as_the_slowest_of_its_parts() -> None:
     large = model_of(70)
     one, four = (seconds(large, Layout("server", tensor), 1) for tensor in (1, 4))
     assert one == pytest.approx(4 * four, rel=0.01)
+
+
+def test_the_training_of_a_mixture_sends_tokens_to_experts_and_few_gradients() -> None:
+    """Eight ranks of one node, alone and with the experts over all of them; by hand."""
+    size = replace(
+        model_of(30), expert_parameters=29 * 10**9, experts_per_token=8, hidden_size=2048, multiplied=3e9
+    )
+    cluster = parse_cluster("8xH100-80")
+    work = TrainingWork(tokens=1e7, mean_length=500, steps=100)
+
+    def seconds(experts: int) -> float:
+        sections = {
+            "workdir": "runs/x",
+            "target": {"model": "x"},
+            "sources": {"a": {"model": "x"}},
+            "data": {"path": "x.jsonl"},
+            "schedule": {"preset": "csft"},
+            "training": {"packing": True},
+            "parallel": {"expert_model_parallel_size": experts},
+        }
+        return training_seconds(make_recipe(sections), size, work, cluster, RATES)
+
+    positions = 1e7 / PACKED_SHARE
+    computing = 3 * size.forward_flops(positions, 500, positions) / (RATES.training * MIXTURE_SHARE * 8)
+    whole = 100 * 8 * 30e9 * 7 / 8 / RATES.link
+    assert seconds(1) == pytest.approx(computing + whole, rel=1e-3)
+    # Each rank alone holds its experts: no gradients of them are sent, but tokens, in bf16.
+    of_others = 100 * 8 * 1e9 * 7 / 8 / RATES.link
+    dispatched = 4 * size.layers * positions / 8 * 8 * 2048 * 2 * 7 / 8 / RATES.link
+    assert seconds(8) == pytest.approx(computing + of_others + dispatched, rel=1e-3)
