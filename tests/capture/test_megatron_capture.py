@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from small_captures import TEXTS
 from small_models import save_model, write_rows
 from small_tokenizers import byte_level, llama_json, sentencepiece_model
+from target_families import FAMILIES, MIXTURES
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     LlamaConfig,
@@ -23,8 +26,6 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from megatron_fuse.capture import CAPTURES, STATUSES, CaptureShard, capture, capture_shard, require_backend
@@ -286,36 +287,43 @@ def test_logits_with_a_soft_cap(ranks, expected, tmp_path) -> None:  # type: ign
         assert shard.entry_logits.min() > -6  # capped logits lie between -3 and 3
 
 
-@pytest.mark.parametrize(
-    ("processes", "parallel"),
-    [
-        (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
-        pytest.param(2, {"tensor_model_parallel_size": 2}, marks=pytest.mark.slow),
-        (
-            4,
-            {
-                "tensor_model_parallel_size": 2,
-                "pipeline_model_parallel_size": 2,
-                "expert_model_parallel_size": 2,
-            },
-        ),
-    ],
-    ids=["tp2-ep2", "tp2", "tp2-pp2-ep2"],
-)
-def test_a_mixture_of_experts(ranks, expected, tmp_path, processes, parallel) -> None:  # type: ignore[no-untyped-def]
-    """The tensor ranks share the tokens and the experts; batches have odd lengths."""
+_FOLDED = {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}
+
+
+def families_at_layouts() -> Iterator[Any]:
+    """Every family at TP=2. Mixtures also with the experts over the tensor ranks, and with a pipeline."""
+    for family in FAMILIES | MIXTURES:
+        plain = family in ("qwen3", "gemma3")
+        yield pytest.param(family, 2, layout(tp=2), marks=[] if plain else pytest.mark.slow, id=family)
+    for family in MIXTURES:
+        plain = family == "qwen3_moe"
+        mark = [] if plain else pytest.mark.slow
+        yield pytest.param(family, 2, _FOLDED, marks=mark, id=f"{family}-tp2-ep2")
+        piped = _FOLDED | {"pipeline_model_parallel_size": 2}
+        yield pytest.param(family, 4, piped, marks=mark, id=f"{family}-tp2-pp2-ep2")
+
+
+@pytest.mark.parametrize(("family", "processes", "parallel"), families_at_layouts())
+def test_every_family_captures_what_its_model_in_process_does(  # type: ignore[no-untyped-def]
+    ranks, expected, tmp_path, family, processes, parallel
+) -> None:
+    """Batches have odd lengths, which the tensor ranks of a mixture share."""
     model = Path(shutil.copytree(expected["sources"]["tied"]["model"], tmp_path / "model"))
-    vocab = json.loads((model / "config.json").read_text())["vocab_size"]
+    vocab_size = json.loads((model / "config.json").read_text())["vocab_size"]
+    config_class, further = (FAMILIES | MIXTURES)[family]
+    if family == "phi3":  # longrope has the short frequencies for the longest text too
+        further = further | {"original_max_position_embeddings": SIZES["max_position_embeddings"]}
     torch.manual_seed(5)
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    save_random(model, Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts, vocab_size=vocab)))
+    # Four layers, for the families with kinds of layers.
+    config = config_class(**SIZES | {"num_hidden_layers": 4}, **further, vocab_size=vocab_size)
+    save_random(model, AutoModelForCausalLM.from_config(config))
     source = {"model": str(model), "dtype": "fp32"}
-    content = in_megatron({**expected, "sources": {"mixture": source}}, tmp_path, **parallel)
-    plain = {**content, "workdir": str(tmp_path / "in-process"), "sources": {"mixture": source}}
+    content = in_megatron({**expected, "sources": {family: source}}, tmp_path, **parallel)
+    plain = {**content, "workdir": str(tmp_path / "in-process"), "sources": {family: source}}
     shutil.copytree(content["workdir"], plain["workdir"])
-    capture(Context(make_recipe(plain)), "mixture", "training")
+    capture(Context(make_recipe(plain)), family, "training")
     ranks(processes, run_training_captures, content)
-    pairs = zip(*(read(make_recipe(each), "mixture", "training") for each in (content, plain)), strict=True)
+    pairs = zip(*(read(make_recipe(each), family, "training") for each in (content, plain)), strict=True)
     for found, shard in pairs:
         assert_same_up_to_rounding(found, shard)
 

@@ -207,10 +207,14 @@ def families_at_layouts() -> Iterator[Any]:
         "tp2-pp2": (4, layout(tp=2, pp=2)),
         "tp2": (2, layout(tp=2)),
         "pp2-vp2": (2, layout(pp=2, vp=2)),
+        "tp2-sequence": (2, layout(tp=2, sequence_parallel=True)),
     }
+    # Norms around every matrix, and norms over the heads of all ranks
+    plain = [(family, "tp2-pp2") for family in FAMILIES if family != "llama"]
+    plain += [("gemma3", "tp2-sequence"), ("olmo2", "tp2-sequence")]
     for family in FAMILIES:
         for name, (world_size, parallel) in layouts.items():
-            marks = pytest.mark.slow if family == "llama" or name != "tp2-pp2" else ()
+            marks = () if (family, name) in plain else pytest.mark.slow
             yield pytest.param(family, world_size, parallel, id=f"{family}-{name}", marks=marks)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from synthetic import FAMILIES, SyntheticDataset, make_tiny_recipe, make_tiny_target
+from synthetic import FAMILIES, MIXTURES, SyntheticDataset, make_tiny_recipe, make_tiny_target
 from test_layouts import assert_same, layout, one_report, run_training
 
 STEPS = 9  # of 8 examples: 7 of the first phase, 2 of the second
@@ -94,7 +94,9 @@ def losses_of_documents(workdir: Path, target: Path) -> list[dict[tuple[str, int
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in MIXTURES)]
+)
 def test_a_packed_document_has_the_losses_that_it_has_alone(ranks, tmp_path, family) -> None:  # type: ignore[no-untyped-def]
     target = make_tiny_target(tmp_path / "target", layers=4, family=family)
     alone, packed = ranks(1, losses_of_documents, tmp_path, target)[0]
