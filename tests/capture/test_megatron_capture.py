@@ -30,6 +30,7 @@ from transformers import (
 
 from megatron_fuse.capture import CAPTURES, STATUSES, CaptureShard, capture, capture_shard, require_backend
 from megatron_fuse.capture.megatron_layout import source_architecture
+from megatron_fuse.claiming import LEASE
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import prepare_instructions
 from megatron_fuse.recipe import Recipe, make_recipe
@@ -132,6 +133,12 @@ def run_captures(content: dict[str, Any]) -> None:
     recipe = make_recipe(content)
     for source, mode in jobs(content):
         capture(Context(recipe), source, mode)
+
+
+def run_claimed_captures(content: dict[str, Any]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LEASE, "60")
+        run_training_captures(content)
 
 
 def read(recipe: Recipe, source: str, mode: str) -> list[CaptureShard]:
@@ -345,6 +352,20 @@ def test_a_capture_continues_at_another_layout(ranks, expected, tmp_path) -> Non
         *(read(make_recipe(each), "wide", "training") for each in (content, expected)), strict=True
     ):
         assert_same_up_to_rounding(found, shard)
+
+
+@pytest.mark.parametrize("parallel", [layout(tp=2), layout()], ids=["tp2-dp2", "dp4"])
+def test_copies_take_their_shards_by_claim(ranks, expected, tmp_path, parallel) -> None:  # type: ignore[no-untyped-def]
+    """The leader of a copy claims; the artifact is as without claims."""
+    sources = {"wide": expected["sources"]["wide"]}
+    content = in_megatron({**expected, "sources": sources}, tmp_path, **parallel)
+    ranks(4, run_claimed_captures, content)
+    pairs = zip(*(read(make_recipe(each), "wide", "training") for each in (content, expected)), strict=True)
+    for found, shard in pairs:
+        assert_same_up_to_rounding(found, shard)
+    directory = Path(content["workdir"]) / "captures/wide/training"
+    others = {path.name for path in directory.iterdir()}
+    assert others == {path.name for path in (Path(expected["workdir"]) / "captures/wide/training").iterdir()}
 
 
 def error_of(content: dict[str, Any]) -> str:

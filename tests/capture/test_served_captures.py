@@ -3,7 +3,10 @@ that is not certainly about our tokens and whole comes in.
 """
 
 import json
+import multiprocessing
+import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from small_captures import Models, build_world, changed, fresh_recipe, read
 from small_models import save_model, small_recipe
 
 from megatron_fuse.capture import CAPTURES, CaptureShard, capture, require_backend
+from megatron_fuse.claiming import LEASE
 from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.errors import UserError
 from megatron_fuse.instructions import prepare_instructions
@@ -289,6 +293,28 @@ def test_an_interrupted_capture_continues_with_the_next_shard_and_the_same_model
         artifact = capture(Context(at(fresh, server.url)), SOURCE, "training")
     assert artifact is not None and artifact.counts["captured"] == 13
     assert len(again.requests) == 1 + 13 - 5
+
+
+def _capture_by_claim(content: dict[str, Any]) -> None:
+    """In a process of its own."""
+    os.environ[LEASE] = "60"
+    capture(Context(make_recipe(content)), SOURCE, "training")
+
+
+def test_two_processes_capture_by_claim_from_one_server(
+    fresh: Recipe, teacher: LocalTeacher, tmp_path: Path
+) -> None:
+    capture(Context(fresh), SOURCE, "training")
+    with scripted(lying(teacher, None)) as server:
+        recipe = at(fresh, server.url).model_copy(update={"workdir": tmp_path / "served"})
+        _copy(fresh, recipe)
+        content = recipe.model_dump(mode="json", by_alias=True)
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(_capture_by_claim, [content] * 2))
+    expected = read(fresh, SOURCE, "training")
+    assert assert_equal_up_to_rounding(read(recipe, SOURCE, "training"), expected) > 100
+    made = recipe.workdir / "captures" / SOURCE / "training"
+    assert len(list(made.glob("*.done"))) == len(expected) == 3
 
 
 def test_the_address_does_not_identify_a_capture_and_the_model_does(
