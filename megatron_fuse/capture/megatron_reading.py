@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from fuse_kernels import TopK, gather_topk_logsumexp
 from megatron.core import parallel_state
-from torch.nn.functional import pad
 
 from megatron_fuse.capture.distributions import NotFiniteError, SparseRows, sparse_rows_of
+from megatron_fuse.capture.megatron_inputs import model_input
 from megatron_fuse.capture.megatron_layout import source_architecture
 from megatron_fuse.capture.megatron_ranks import PipelineNeighbours, SourceRanks
 from megatron_fuse.capture.reading import (
@@ -118,38 +118,24 @@ class MegatronReader:
         supervised positions [n, k], the others None.
         """
         refuse_ids_beyond(self.architecture.vocab_size, batch.largest_id, f"sources.{self.source}")
-        device, neighbours = self.ranks.device, self.neighbours
-        tokens, positions = self._divisible(batch)
-        count, length = tokens.shape
+        config, neighbours = self.model.config, self.neighbours
+        given = model_input(batch, config, self.ranks.device)
+        count, length = given.tokens.shape
         if not neighbours.is_first:
-            own = length // self._shares_of_sequence
+            own = length // config.tensor_model_parallel_size if config.sequence_parallel else length
             hidden_states = neighbours.receive((own, count, self.architecture.hidden_size))
             self.model.set_input_tensor(hidden_states)
         output = self.model(
-            tokens.to(device),
-            torch.arange(length, device=device).expand(count, length),
-            None,  # causal attention needs no mask: the padding is on the right
-            labels=ReadPositions(positions.to(device)) if neighbours.is_last else None,
+            given.tokens,
+            given.position_ids,
+            None,  # attention is causal without a mask
+            labels=ReadPositions(given.supervised) if neighbours.is_last else None,
+            packed_seq_params=given.packed,
         )
         if neighbours.is_last:
-            return self._largest(output, batch.labels.to(device))
+            return self._largest(output, batch.labels.to(self.ranks.device))
         neighbours.send(output)
         return None
-
-    @property
-    def _shares_of_sequence(self) -> int:
-        config = self.model.config
-        return config.tensor_model_parallel_size if config.sequence_parallel else 1
-
-    def _divisible(self, batch: ReadingBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens [b, s] of a batch and its supervised positions, with s a multiple of the shares.
-
-        The new tokens are padding on the right.
-        """
-        length = batch.tokens.shape[1]
-        padding = -length % self._shares_of_sequence
-        row, column = batch.positions // length, batch.positions % length
-        return pad(batch.tokens, (0, padding)), row * (length + padding) + column
 
     def _largest(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> TopK | None:
         """The TopK of rows of hidden states [n, h] over the whole vocabulary, on the leader; else None."""

@@ -49,6 +49,19 @@ class PackedDocuments(PackedSeqParams):
 
     lengths: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], cu_seqlens: Tensor) -> "PackedDocuments":
+        """Documents one after the other. cu_seqlens int32 [documents + 1]: their bounds, on the device."""
+        longest = max(lengths)
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            lengths=lengths,
+        )
+
     @property
     def rotates_by_position(self) -> bool:
         """Whether there is one rotation per position,

@@ -83,17 +83,9 @@ def _packed_seq_params(batch: MicroBatch) -> PackedDocuments | None:
 
     Every pipeline stage needs them: attention and rotary positions start anew at each document.
     """
-    if batch.lengths is None:
+    if batch.lengths is None or batch.cu_seqlens is None:
         return None
-    bounds, longest = batch.cu_seqlens, max(batch.lengths)
-    return PackedDocuments(
-        qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        lengths=batch.lengths,
-    )
+    return PackedDocuments.of(batch.lengths, batch.cu_seqlens)
 
 
 def reduce_report(

@@ -50,9 +50,6 @@ _STEP_OPTIONS = {
 def run_identity(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum | None) -> dict[str, Any]:
     """The properties that a resumed run must share:
     the samples, their order, the loss, and the optimizer step."""
-    step = recipe.training.model_dump(include=_STEP_OPTIONS)
-    if not step["moe_aux_loss_coeff"]:  # checkpoints from before this option do not have it
-        del step["moe_aux_loss_coeff"]
     return {
         "phases": [phase.model_dump(mode="json", by_alias=True) for phase in recipe.phases],
         "global_batch_size": recipe.training.global_batch_size,
@@ -62,7 +59,7 @@ def run_identity(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum 
         "order": recipe.schedule.order,
         "curriculum": curriculum.sha256 if curriculum else None,
         "data": dataset.sha256,
-        "step": step,
+        "step": recipe.training.model_dump(include=_STEP_OPTIONS),
     }
 
 
