@@ -46,37 +46,9 @@ def run(arguments: argparse.Namespace) -> None:
         print_gpu_plan(recipe, arguments)
         return
     with importing():
-        from megatron_fuse.capture.megatron_layout import check_processes
-        from megatron_fuse.pipeline import check_files, steps
-        from megatron_fuse.pipeline.plan_table import print_plan
-        from megatron_fuse.pipeline.run import run_recipe
-        from megatron_fuse.stages import Context
-        from megatron_fuse.training.stage import TRAINING
-    check_files(recipe)
-    model_parallel = recipe.parallel.model_parallel_size
-    if not arguments.plan and (
-        not 1 <= arguments.nproc_per_node <= 4096 or arguments.nproc_per_node % model_parallel
-    ):
-        raise UserError(
-            f"--nproc-per-node {arguments.nproc_per_node}: the number of processes must be a multiple of "
-            f"{model_parallel} (tensor x pipeline parallelism of the recipe) and at most 4096"
-        )
-    for source in [] if arguments.plan else recipe.sources:
-        check_processes(recipe, source, arguments.nproc_per_node)
-    names = list(steps(recipe))
-    if arguments.until and arguments.until not in names:
-        raise UserError(
-            f"--until {arguments.until!r} is not a stage of this recipe. Choose one of {', '.join(names)}."
-        )
+        from megatron_fuse.pipeline.start import plan_recipe, start_recipe
+    processes, until = arguments.nproc_per_node, arguments.until
     if arguments.plan:
-        print_plan(Context(recipe), arguments.nproc_per_node)
-    elif take_claims(arguments):
-        shared = names[: names.index(TRAINING.name)]
-        if arguments.until not in (None, *shared):
-            raise UserError(
-                f"--until {arguments.until!r}: the training has one owner. With --claim, choose one of "
-                f"{', '.join(shared)}."
-            )
-        run_recipe(recipe, arguments.nproc_per_node, arguments.until or shared[-1])
+        plan_recipe(recipe, processes, until)
     else:
-        run_recipe(recipe, arguments.nproc_per_node, arguments.until)
+        start_recipe(recipe, processes, until, by_claim=take_claims(arguments))

@@ -67,12 +67,11 @@ def test_leaving_needs_claims() -> None:
 def test_a_run_by_claim_ends_before_the_training(
     monkeypatch: pytest.MonkeyPatch, words: list[str], until: str | None
 ) -> None:
-    import megatron_fuse.pipeline
-    import megatron_fuse.pipeline.run
+    from megatron_fuse.pipeline import start
 
     ran: list[object] = []
-    monkeypatch.setattr(megatron_fuse.pipeline, "check_files", lambda recipe: None)
-    monkeypatch.setattr(megatron_fuse.pipeline.run, "run_recipe", lambda *arguments: ran.extend(arguments))
+    monkeypatch.setattr(start, "check_files", lambda recipe: None)
+    monkeypatch.setattr(start, "run_recipe", lambda *arguments: ran.extend(arguments))
     words = ["run", "--recipe", RECIPE, "--tensor-model-parallel-size", "1", "--claim", *words]
     monkeypatch.setattr(sys, "argv", ["megatron-fuse", *words])
     if until is None:
