@@ -148,8 +148,17 @@ def expected(small_models):
     return result
 
 
-@pytest.mark.parametrize("name", small.MIXTURES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+def mixtures_at_layouts():
+    """A plain run has every mixture, and every layout of one of them."""
+    plain = [("qwen3_moe", layout) for layout in LAYOUTS]
+    plain += [("mixtral", "tp2-ep2"), ("olmoe", "tp2-ep2-folded")]
+    for name in small.MIXTURES:
+        for layout in LAYOUTS:
+            marks = [] if (name, layout) in plain else pytest.mark.slow
+            yield pytest.param(layout, name, marks=marks, id=f"{layout}-{name}")
+
+
+@pytest.mark.parametrize(("layout", "name"), mixtures_at_layouts())
 def test_losses_weights_and_gradients_equal_transformers(ranks, small_models, expected, layout, name):
     count, sizes = LAYOUTS[layout]
     results = ranks(count, train_once, sizes, small_models[name])

@@ -209,9 +209,9 @@ def families_at_layouts() -> Iterator[Any]:
         "pp2-vp2": (2, layout(pp=2, vp=2)),
         "tp2-sequence": (2, layout(tp=2, sequence_parallel=True)),
     }
-    # Norms around every matrix, and norms over the heads of all ranks
-    plain = [(family, "tp2-pp2") for family in FAMILIES if family != "llama"]
-    plain += [("gemma3", "tp2-sequence"), ("olmo2", "tp2-sequence")]
+    # Norms of each head, over all heads and around every matrix; fused weights; caps
+    plain = [(family, "tp2-pp2") for family in ("qwen3", "olmo2", "gemma3", "phi3", "gemma2")]
+    plain += [("gemma3", "tp2-sequence")]
     for family in FAMILIES:
         for name, (world_size, parallel) in layouts.items():
             marks = () if (family, name) in plain else pytest.mark.slow
@@ -263,6 +263,7 @@ def experts(ranks: int = 1, **options: Any) -> dict[str, Any]:
             4,
             experts(2, tensor_model_parallel_size=2, use_distributed_optimizer=True),
             id="tp2-ep2-dp2",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             4,
