@@ -22,6 +22,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import optimizer as megatron_optimizer
 
 from megatron_fuse.errors import UserError
+from megatron_fuse.model.weight_blocks import is_of_expert
 from megatron_fuse.text_safety import printable
 
 WINDOW = 64  # a new loss is compared with so many losses before it
@@ -130,26 +131,23 @@ def _named(ids: Sequence[str]) -> str:
 
 
 def check_weights_across_replicas(chunks: Sequence[torch.nn.Module], iteration: int) -> None:
-    """Compares the bytes of every weight on all data-parallel replicas.
+    """Compares the bytes of every weight on all data-parallel replicas; of experts, on the ranks that hold
+    the same experts.
 
     Raises UserError on every rank if a weight differs.
 
     Megatron's check_param_hashes_across_dp_replicas with cross_check does the same, but does not say which
     weight differs. This copies all weights to the CPU. With overlap_param_gather, call trainer.gather_weights
-    first. Collectives: an all-gather of 32 bytes per weight over the data-parallel group, an all-reduce of
-    one number over all ranks.
+    first. Collectives: an all-gather of 32 bytes per weight over the data-parallel group, and over the expert
+    data-parallel group of a mixture; an all-reduce of one number over all ranks.
     """
     weights = {name: weight for chunk in chunks for name, weight in chunk.named_parameters()}
-    digests = [hashlib.sha256(_bytes(weight)).digest() for weight in weights.values()]
     device = next(iter(weights.values())).device
-    local = (
-        torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1).to(device)
-    )
-    group = parallel_state.get_data_parallel_group()
-    all_replicas = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(all_replicas, local, group=group)
-    same = (torch.stack(all_replicas) == local).all(dim=2).all(dim=0).tolist()
-    different = [name for name, is_same in zip(weights, same, strict=True) if not is_same]
+    experts = {name: weight for name, weight in weights.items() if is_of_expert(name)}
+    others = {name: weight for name, weight in weights.items() if name not in experts}
+    different = _different(others, parallel_state.get_data_parallel_group())
+    if experts:
+        different += _different(experts, parallel_state.get_expert_data_parallel_group())
     # A replica of another tensor or pipeline rank may differ: all ranks must raise the error together.
     anywhere = torch.tensor([len(different)], device=device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
@@ -164,6 +162,19 @@ def check_weights_across_replicas(chunks: Sequence[torch.nn.Module], iteration: 
             "broken device or link, and continue from a checkpoint before the last comparison without a "
             "difference."
         )
+
+
+def _different(weights: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> list[str]:
+    """The names of the weights whose bytes are not the same on all ranks of a group."""
+    device = next(iter(weights.values())).device
+    digests = [hashlib.sha256(_bytes(weight)).digest() for weight in weights.values()]
+    local = (
+        torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1).to(device)
+    )
+    all_replicas = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(all_replicas, local, group=group)
+    same = (torch.stack(all_replicas) == local).all(dim=2).all(dim=0).tolist()
+    return [name for name, is_same in zip(weights, same, strict=True) if not is_same]
 
 
 def _bytes(weight: torch.Tensor) -> memoryview:

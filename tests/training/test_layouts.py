@@ -254,6 +254,7 @@ def experts(ranks: int = 1, **options: Any) -> dict[str, Any]:
     ("world_size", "parallel"),
     [
         pytest.param(2, experts(2), id="ep2", marks=pytest.mark.slow),
+        pytest.param(4, experts(2), id="ep2-dp4", marks=pytest.mark.slow),
         pytest.param(
             4,
             experts(4, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True),
@@ -284,7 +285,8 @@ def test_a_mixture_trains_alike_at_every_layout(  # type: ignore[no-untyped-def]
     ranks, family_alone, tmp_path, family, world_size, parallel
 ) -> None:
     target, alone = family_alone(family)
-    sections = {"parallel": parallel, "training": WHOLE_RUN}
+    compared = {"check_weight_hash_across_dp_replicas_interval": 7}
+    sections = {"parallel": parallel, "training": WHOLE_RUN | compared}
     found = one_report(ranks(world_size, run_training, tmp_path, target, sections))
     assert len(found["steps"]) == WHOLE_RUN["train_iters"]
     assert_same(found, alone, relative=1e-5)
