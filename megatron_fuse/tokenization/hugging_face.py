@@ -20,7 +20,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.own_code import not_loadable
 from megatron_fuse.storage.files import sha256_of_parts
 from megatron_fuse.tokenization.normalized_spans import covered, trace
-from megatron_fuse.tokenization.rebuilt_by_class import as_in_file
+from megatron_fuse.tokenization.rebuilt_by_class import as_in_file, with_equal_parts
 from megatron_fuse.tokenization.settings import check_tokenizer_files
 from megatron_fuse.tokenization.tokenizer import VISIBLE_SPACE, Tokenizer
 from megatron_fuse.tokenization.tokenizer_json import (
@@ -137,6 +137,8 @@ def _load(directory: Path, said: State | None, trust_remote_code: bool, allowed_
                 "tokenizer.json with transformers."
             )
         state = backend_state(tokenizer, said)
+        if said is not None:
+            state = with_equal_parts(state, said)
         if said is not None and (from_file := as_in_file(tokenizer, state, said, directory)) is not tokenizer:
             tokenizer, state = from_file, backend_state(from_file, said)
         return wrap_hugging_face(tokenizer, str(directory), state)

@@ -10,6 +10,7 @@ import logging
 import os
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import transformers
 
@@ -32,6 +33,31 @@ _PROBE = (
     "I'm HERE: 日本語",
     "🙂",
 )
+
+
+def with_equal_parts(state: State, said: State) -> State:
+    """The state in memory with the pre-tokenizer and the decoder of the file, if they split and join alike.
+
+    The classes write other values of options that a part does not use, as Qwen2Tokenizer does.
+    """
+    equal = {
+        key: said[key]
+        for key in ("pre_tokenizer", "decoder")
+        if key in said and _used(said[key], key) == _used(state[key], key)
+    }
+    return state | equal
+
+
+def _used(part: Any, key: str) -> Any:
+    """A part of a pipeline without the options of ByteLevel that it does not use there."""
+    if isinstance(part, list):
+        return [_used(each, key) for each in part]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "ByteLevel":
+        unused = {"trim_offsets"} if key == "pre_tokenizer" else {*part} - {"type"}
+        return {name: value for name, value in part.items() if name not in unused}
+    return {name: _used(value, key) for name, value in part.items()}
 
 
 def as_in_file(

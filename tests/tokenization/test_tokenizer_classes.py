@@ -13,9 +13,9 @@ from log_lines import logged
 from small_tokenizers import byte_level, llama_json
 from strange_texts import TEXTS
 from tokenizers import decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_fuse.tokenization import Tokenizer, load_tokenizer
+from megatron_fuse.tokenization import Tokenizer, hugging_face, load_tokenizer, rebuilt_by_class
 
 quick = settings(max_examples=40, deadline=None, database=None)
 PROBE = "a 2023 b   c\n\nd cafe\u0301 café ﬁ 日本語 🙂"
@@ -50,6 +50,24 @@ def _no_prefix() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([spaces, pre_tokenizers.Digits(individual_digits=True)])
 
 
+def _qwen() -> tokenizers.Tokenizer:
+    """As Qwen's files: options of ByteLevel that have no effect are others than the class writes."""
+    state = json.loads(byte_level().backend_tokenizer.to_str())
+    state["model"] |= {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    split = tokenizers.Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    quiet = {"add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(**quiet)]
+    )
+    backend.decoder = decoders.ByteLevel(**quiet)
+    return backend
+
+
 # name -> model_type, tokenizer_class, tokenizer.json
 REBUILT = {
     "gpt2_digits": ("llama", "GPT2Tokenizer", _digits_apart),
@@ -66,6 +84,7 @@ REBUILT = {
 AGREEING = {
     "plain": ("llama", "PreTrainedTokenizerFast", _digits_apart),
     "neox": ("gpt_neox", "GPTNeoXTokenizerFast", lambda: byte_level().backend_tokenizer),
+    "qwen": ("qwen2", "Qwen2Tokenizer", _qwen),
 }
 
 
@@ -152,3 +171,32 @@ def test_what_is_exported_is_read_again_as_the_file(name: str, tmp_path: Path) -
     tokenizer.hugging_face().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes((_directory(name) / "config.json").read_bytes())
     assert load_tokenizer(tmp_path).encode(PROBE) == tokenizer.encode(PROBE)
+
+
+def test_options_without_an_effect_cause_no_second_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the hash is that of the file's pipeline, as if it had been read again."""
+    directory = _directory("qwen")
+    monkeypatch.setattr(hugging_face, "with_equal_parts", lambda state, said: state)
+    again = load_tokenizer(directory)
+    monkeypatch.undo()
+    loads = []
+    read = PreTrainedTokenizerFast.from_pretrained.__func__
+    monkeypatch.setattr(
+        PreTrainedTokenizerFast,
+        "from_pretrained",
+        classmethod(lambda cls, *a, **k: loads.append(cls.__name__) or read(cls, *a, **k)),
+    )
+    assert load_tokenizer(directory).sha256 == again.sha256
+    assert loads == ["Qwen2Tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("key", "option"), [("pre_tokenizer", "add_prefix_space"), ("pre_tokenizer", "use_regex")]
+)
+def test_options_with_an_effect_count(key: str, option: str) -> None:
+    state = json.loads(_qwen().to_str())
+    said = json.loads(json.dumps(state))
+    said[key]["pretokenizers"][1][option] = True
+    assert rebuilt_by_class.with_equal_parts(state, said) == state
+    said = state | {"decoder": {"type": "Fuse"}}
+    assert rebuilt_by_class.with_equal_parts(state, said) == state
