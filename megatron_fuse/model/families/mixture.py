@@ -32,6 +32,7 @@ class MixtureConfig(TargetConfig):
     num_experts: ExpertCount | None = None
     num_local_experts: ExpertCount | None = None
     moe_intermediate_size: Width | None = None
+    norm_topk_prob: bool | None = None
 
     @model_validator(mode="after")
     def _has_experts_to_choose(self) -> Self:
