@@ -11,7 +11,7 @@ from megatron_fuse.model.expected_weights import check_weights
 from megatron_fuse.model.pipeline_split import stated_split
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.recipe.training_options import SEQUENCE_MULTIPLE
+from megatron_fuse.recipe.model_parallel import SEQUENCE_MULTIPLE
 from megatron_fuse.storage import Workspace
 
 
@@ -46,6 +46,11 @@ def read_target(recipe: Recipe) -> Architecture:
         split=stated_split(layout),
         seq_length=recipe.training.seq_length,
     )
+    if recipe.training.moe_aux_loss_coeff and architecture.experts is None:
+        raise UserError(
+            f"--moe-aux-loss-coeff is {recipe.training.moe_aux_loss_coeff}, but the model of "
+            f"{architecture.origin} has no experts. Remove the option."
+        )
     tensor = layout.tensor_model_parallel_size
     if shares_sequence(architecture, tensor, layout.sequence_parallel) and SEQUENCE_MULTIPLE % tensor:
         raise UserError(

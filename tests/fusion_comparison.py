@@ -18,11 +18,19 @@ class Compared:
     at_the_cut: int = 0  # rows of which only the smallest entries differ
 
 
-def compare_fusion_data(found: FusionDataset, expected: FusionDataset, mode: str, source: str) -> Compared:
+def compare_fusion_data(
+    found: FusionDataset,
+    expected: FusionDataset,
+    mode: str,
+    source: str,
+    *,
+    relative: float = HALF,
+    absolute: float = 1e-4,
+) -> Compared:
     """Compares the rows of a source over all examples.
 
-    Everything but log-probabilities is equal, and these are equal up to rounding. Rounding may also decide
-    which of two entries is the smallest one that is kept.
+    Everything but log-probabilities is equal, and these are equal within the tolerances. Rounding may also
+    decide which of two entries is the smallest one that is kept.
     """
     compared = Compared()
     np.testing.assert_array_equal(found.winners(mode), expected.winners(mode))
@@ -37,14 +45,15 @@ def compare_fusion_data(found: FusionDataset, expected: FusionDataset, mode: str
             np.testing.assert_allclose(
                 [ours[token] for token in shared],
                 [theirs[token] for token in shared],
-                rtol=2 * HALF,
-                atol=4e-3,
+                rtol=relative,
+                atol=absolute,
             )
             if ours.keys() != theirs.keys():
                 compared.at_the_cut += 1
                 least = min(ours[token] for token in shared)
+                most = least + absolute + HALF * abs(least)
                 for row in (ours, theirs):
-                    assert all(row[token] <= least + 4e-3 for token in row.keys() - shared)
+                    assert all(row[token] <= most for token in row.keys() - shared)
     return compared
 
 

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-measured",
         action="store_true",
-        help="do not make runs whose results are in the CSV already, of the same commit and options",
+        help="do not make runs whose results are in the CSV already, of the same commit, options and command "
+        "`evaluate`",
     )
     parser.add_argument(
         "--report",
@@ -94,7 +95,8 @@ def _write_results(experiment: "Experiment", path: Path, split: str) -> None:
     with importing():
         from megatron_fuse.experiments.report import Reported, write_report
         from megatron_fuse.experiments.results import collect_results, read_results, write_results
-    if not (collected := collect_results(experiment, split)):
+    collected = collect_results(experiment, split)
+    if not collected and not experiment.results.exists():
         return
     if lost := write_results(experiment, collected, split):
         say(

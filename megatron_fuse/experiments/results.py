@@ -6,7 +6,8 @@ variant: with its scenario before it, if the experiment has scenarios (SCENARIO/
 
 value: the metric over n problems. steps, tokens (inputs without padding), seconds: of the training alone;
 empty for models and merges. data: the hash of the seed's instructions. options: the hash of the run's
-options, empty in files of older versions. One file never holds rows of different commits or data.
+options and of the command `evaluate`, empty in files of older versions. One file never holds rows of
+different commits or data.
 """
 
 import csv
@@ -98,9 +99,9 @@ def collect_results(experiment: Experiment, split: str) -> list[Result]:
 
 
 def measured_runs(experiment: Experiment, split: str) -> set[Run]:
-    """The runs whose results are in the experiment's CSV, of the present commit and the present options.
+    """The runs whose results are in the experiment's CSV, perhaps from another machine.
 
-    They can be of another machine.
+    They are of the present commit, options and command `evaluate`.
     """
     if not experiment.results.exists():
         return set()
@@ -117,8 +118,8 @@ def measured_runs(experiment: Experiment, split: str) -> set[Run]:
 
 
 def options_hash(run: Run) -> str:
-    """What the column `options` holds."""
-    return sha256_of_json(run.options())[:12]
+    """What the column `options` holds: a hash of the run's options and of the command that measures it."""
+    return sha256_of_json(run.options() | {"evaluate": run.experiment.evaluate})[:12]
 
 
 def _rows(run: Run, split: str, made: Made) -> list[Result]:

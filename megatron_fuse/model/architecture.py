@@ -134,7 +134,8 @@ def read_architecture(source: str | os.PathLike | PreTrainedConfig) -> Architect
         origin=origin,
     )
     architecture = replace(base, **family.traits(config))
-    if architecture.experts is not None and architecture.experts.per_token == 1:
+    experts = architecture.experts
+    if experts is not None and experts.per_token == 1 and experts.normalized:
         _refuse(origin, family, "num_experts_per_tok", 1, "at least 2: one expert alone has the weight 1")
     return architecture
 
@@ -226,13 +227,20 @@ def _check_experts(
     if experts.count % expert_parallel:
         raise UserError(
             f"--expert-model-parallel-size {expert_parallel} does not divide the {experts.count} experts of "
-            f"{where}. Choose a divisor."
+            f"{where}. Choose one of {', '.join(map(str, _divisors(experts.count)))}."
         )
-    if architecture.ffn_hidden_size % (expert_tensor or tensor):
+    width = architecture.ffn_hidden_size
+    if width % (expert_tensor or tensor):
+        option = "tensor-model" if expert_tensor in (None, tensor) else "expert-tensor"
         raise UserError(
-            f"--expert-tensor-parallel-size {expert_tensor or tensor} does not divide the width of an expert "
-            f"({architecture.ffn_hidden_size}) of {where}. Choose a divisor."
+            f"--{option}-parallel-size {expert_tensor or tensor} does not divide the width of an expert "
+            f"({width}) of {where}. Choose a divisor, or share whole experts: a larger "
+            "--expert-model-parallel-size and a smaller --expert-tensor-parallel-size."
         )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _check_length(architecture: Architecture, seq_length: int) -> None:

@@ -22,6 +22,7 @@ from megatron_fuse.model.norms import (
     RMSNorm,
     ZeroCenteredRMSNorm,
 )
+from megatron_fuse.runtime.megatron_versions import submodules_of
 
 
 def layer_spec(
@@ -46,7 +47,7 @@ def layer_spec(
     if architecture.norms_after:
         last = ModuleSpec(NormedRowParallelLinear, params={"norm": norm})
         spec.submodules.self_attention.submodules.linear_proj = last
-        spec.submodules.mlp.submodules.linear_fc2 = last
+        submodules_of(spec.submodules.mlp).linear_fc2 = last
     if architecture.experts is not None:  # as Transformer Engine's layers name it, which have this norm too
         del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     layers = [spec] * get_num_layers_to_build(config, vp_stage)

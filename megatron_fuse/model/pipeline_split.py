@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe.training_options import ParallelOptions
+from megatron_fuse.recipe.model_parallel import ParallelOptions
 
 
 @dataclass(frozen=True)

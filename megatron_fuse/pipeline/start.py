@@ -36,6 +36,15 @@ def start_recipe(recipe: Recipe, processes: int, until: str | None = None, *, by
             f"--nproc-per-node {processes}: the number of processes must be a multiple of "
             f"{model_parallel} (tensor x pipeline parallelism of the recipe) and at most {_MOST_PROCESSES}"
         )
+    layout = recipe.parallel
+    of_experts = layout.expert_tensor_size * layout.expert_model_parallel_size
+    of_experts *= layout.pipeline_model_parallel_size
+    if processes % of_experts:
+        raise UserError(
+            f"--nproc-per-node {processes}: the number of processes must be a multiple of {of_experts} "
+            "(expert_model_parallel_size x expert_tensor_parallel_size x pipeline_model_parallel_size of the "
+            "recipe's section parallel)"
+        )
     for source in recipe.sources:
         check_processes(recipe, source, processes)
     names = list(steps(recipe))

@@ -10,7 +10,7 @@ from megatron_fuse.planning.gpus import Cluster
 from megatron_fuse.planning.rates import SERVED_LAYER_SECONDS, Rates
 from megatron_fuse.planning.sizes import BYTES, ModelSize
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.recipe.training_options import ParallelOptions
+from megatron_fuse.recipe.model_parallel import ParallelOptions
 
 # The longest document of a step over the mean one, to which the others are padded without packing. With 128
 # real conversations a step, 67 % of the positions are padding (docs/benchmarks.md).

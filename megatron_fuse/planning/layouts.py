@@ -16,7 +16,7 @@ from megatron_fuse.planning.gpus import Cluster
 from megatron_fuse.planning.memory import FRAGMENTS, SERVER_SHARE, Need
 from megatron_fuse.planning.sizes import ModelSize
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.recipe.training_options import SEQUENCE_MULTIPLE
+from megatron_fuse.recipe.model_parallel import SEQUENCE_MULTIPLE
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 

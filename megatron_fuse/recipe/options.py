@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from megatron_fuse.recipe.exactness import beyond_server
+from megatron_fuse.recipe.model_parallel import ParallelOptions
 from megatron_fuse.recipe.models import (
     REFERENCE,
     TARGET,
@@ -32,7 +33,7 @@ from megatron_fuse.recipe.stage_options import (
     ScoringOptions,
     SelectionOptions,
 )
-from megatron_fuse.recipe.training_options import ParallelOptions, TrainingOptions
+from megatron_fuse.recipe.training_options import TrainingOptions
 from megatron_fuse.recipe.values import (
     Location,
     Name,

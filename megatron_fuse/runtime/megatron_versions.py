@@ -12,6 +12,7 @@ GPTModel has in all versions.
 """
 
 import logging
+from functools import partial
 from typing import Any
 
 _KNOWN_MESSAGES = {
@@ -37,6 +38,11 @@ def complete_router() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+
+
+def submodules_of(spec: Any) -> Any:
+    """The submodules of a part of a layer spec. From 0.18 on the MLP is a partial that takes them."""
+    return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules
 
 
 def adopt_learning_rates(state: dict[str, Any], optimizer: Any) -> None:

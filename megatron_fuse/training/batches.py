@@ -23,7 +23,7 @@ from megatron_fuse.dataset.collation import make_targets, packed_inputs, padded_
 from megatron_fuse.dataset.packing import pack_evenly
 from megatron_fuse.model.gpt import FusionTargets
 from megatron_fuse.recipe import MODES, ModeWeights, Phase, value_at
-from megatron_fuse.recipe.training_options import SEQUENCE_MULTIPLE
+from megatron_fuse.recipe.model_parallel import SEQUENCE_MULTIPLE
 from megatron_fuse.selection.rules import NONE
 
 

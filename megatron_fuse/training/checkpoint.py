@@ -16,6 +16,7 @@ GPU are copied to the host first; for tensors on a CPU the fork itself is the co
 """
 
 import multiprocessing.util
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,8 +74,8 @@ _OPTIMIZER_FORM = {
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 # Transformer Engine's layers add scales of fp8 to the state of a model. fp8 is not used here, and without the
-# scales a checkpoint loads into layers of either implementation.
-_EXTRA_STATE = "_extra_state"
+# scales a checkpoint loads into layers of either implementation. Its experts number them from the second on.
+_EXTRA_STATE = re.compile(r"(.*\.)?_extra_state\d*")
 
 
 def _by_name(chunks: Sequence[FusionGPTModel]) -> dict[str, FusionGPTModel]:
@@ -96,7 +97,7 @@ def _state(chunks: Sequence[FusionGPTModel], optimizer: Any | None, *, loading: 
 
 
 def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if not key.endswith(_EXTRA_STATE)}
+    return {key: value for key, value in state.items() if not _EXTRA_STATE.fullmatch(key)}
 
 
 def _load_weights(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
@@ -104,7 +105,7 @@ def _load_weights(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
     # Float16Module does not report missing weights.
     model = chunk.module if isinstance(chunk, Float16Module) else chunk
     missing, unknown = model.load_state_dict(state, strict=False)
-    if wrong := [key for key in (*missing, *unknown) if not key.endswith(_EXTRA_STATE)]:
+    if wrong := [key for key in (*missing, *unknown) if not _EXTRA_STATE.fullmatch(key)]:
         raise RuntimeError(
             f"the model and its checkpoint do not have the same weights: {', '.join(wrong[:5])}"
         )

@@ -141,7 +141,12 @@ def check_weights_across_replicas(chunks: Sequence[torch.nn.Module], iteration: 
     first. Collectives: an all-gather of 32 bytes per weight over the data-parallel group, and over the expert
     data-parallel group of a mixture; an all-reduce of one number over all ranks.
     """
-    weights = {name: weight for chunk in chunks for name, weight in chunk.named_parameters()}
+    # Every chunk of a virtual pipeline counts its layers from 0.
+    weights = {
+        f"chunk {number}: {name}" if len(chunks) > 1 else name: weight
+        for number, chunk in enumerate(chunks)
+        for name, weight in chunk.named_parameters()
+    }
     device = next(iter(weights.values())).device
     experts = {name: weight for name, weight in weights.items() if is_of_expert(name)}
     others = {name: weight for name, weight in weights.items() if name not in experts}

@@ -97,9 +97,9 @@ def reduce_report(
     """Means over the global batch, from the reports of this last-stage rank's micro-batches.
 
     Returns `loss`, `ce/MODE`, `kl/MODE`, and for every name in FIT `NAME/MODE` and `NAME/MODE/SOURCE`. loss
-    is the weighted sum that the step minimises. ce and kl are in nats per supervised token of the mode. FIT
-    is a mean over supervised tokens with a teacher, of all sources or of one; a source without such tokens
-    has no key. kl and FIT exist only for the modes in `taught`.
+    is the weighted sum that the step minimises, without the auxiliary loss of a mixture. ce and kl are in
+    nats per supervised token of the mode. FIT is a mean over supervised tokens with a teacher, of all sources
+    or of one; a source without such tokens has no key. kl and FIT exist only for the modes in `taught`.
 
     supervised_tokens: mode -> number of supervised tokens in the global batch.
     sources: names, in the dataset's order.

@@ -21,6 +21,7 @@ from megatron_fuse.model.families.weights import outside_layers
 from megatron_fuse.model.pipeline_split import layers_of_stages, stated_split
 from megatron_fuse.model.weight_blocks import is_of_expert
 from megatron_fuse.recipe import Recipe
+from megatron_fuse.recipe.model_parallel import SEQUENCE_MULTIPLE
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.training.batches import longest_sequence
 
@@ -213,8 +214,17 @@ def savings(
         turned["--loss-fused-linear"] = {"loss": {"fused_linear": True}}
     if not layout.use_distributed_optimizer and data_parallel_size > 1:
         turned["--use-distributed-optimizer"] = {"parallel": {"use_distributed_optimizer": True}}
+    if architecture.experts is not None:
+        more = 2 * layout.expert_model_parallel_size
+        holders = data_parallel_size * layout.tensor_model_parallel_size // layout.expert_tensor_size
+        if architecture.experts.count % more == 0 and holders % more == 0:
+            now = layout.expert_model_parallel_size
+            turned[f"--expert-model-parallel-size {more} (now {now})"] = {
+                "parallel": {"expert_model_parallel_size": more}
+            }
     twice = 2 * layout.tensor_model_parallel_size
-    if architecture.num_query_groups % twice == 0:
+    shares = shares_sequence(architecture, twice, layout.sequence_parallel)
+    if architecture.num_query_groups % twice == 0 and not (shares and SEQUENCE_MULTIPLE % twice):
         now = layout.tensor_model_parallel_size
         turned[f"--tensor-model-parallel-size {twice} (now {now})"] = {
             "parallel": {"tensor_model_parallel_size": twice}

@@ -100,6 +100,9 @@ def _parameters(metadata: Any, path: Path) -> Iterator[tuple[str, _StoredParamet
             chunks.setdefault(begins[:stacked], []).append(
                 _Chunk(begins[stacked:], sizes[stacked:], place.relative_path, place.offset, place.length)
             )
+        # Before the numbers are counted: those of a damaged file could fill the memory.
+        if len(chunks) != math.prod(stored.size[:stacked]):
+            raise UserError(f"{path}: .metadata does not place all of {key}. Name another checkpoint.")
         for number in product(*map(range, stored.size[:stacked])):
             name = f"{_LAYERS}{number[0]}.{key.removeprefix(_LAYERS)}" if has_layer else key
             if _EXPERTS in name:

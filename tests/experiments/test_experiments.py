@@ -136,6 +136,14 @@ def test_results_of_other_code_or_options_do_not_count(
     assert run(experiment_file, skip_measured=True)[2] == ["bb 2 test"]
 
 
+def test_results_of_another_measuring_command_do_not_count(experiment_file: Path) -> None:
+    experiment, *_ = run(experiment_file)
+    write_results(experiment, collect_results(experiment, "test"), "test")
+    shutil.rmtree(experiment.workdir)
+    other = changed(experiment_file, evaluate=f"{experiment.evaluate} another")
+    assert len(run(other, skip_measured=True)[2]) == 4
+
+
 def test_the_csv_keeps_other_splits_and_reads_back(experiment_file: Path) -> None:
     experiment, *_ = run(experiment_file)
     run(experiment_file, split="dev")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fusion_comparison import compare_fusion_data
+from fusion_comparison import HALF, compare_fusion_data
 from local_server import scripted
 from local_teacher import LocalTeacher
 
@@ -62,7 +62,7 @@ def dataset_of(content: dict[str, Any]) -> tuple[Recipe, FusionDataset]:
 def compare(one: dict[str, Any], two: dict[str, Any]) -> None:
     (recipe, found), (_, expected) = dataset_of(one), dataset_of(two)
     for mode in recipe.modes_with_teacher:
-        compared = compare_fusion_data(found, expected, mode, SOURCE)
+        compared = compare_fusion_data(found, expected, mode, SOURCE, relative=2 * HALF, absolute=4e-3)
         assert compared.rows > 10_000
         assert compared.at_the_cut <= compared.rows / 1000
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.model.pipeline_split import EVEN, PipelineSplit, layers_of_stages, stated_split
-from megatron_fuse.recipe.training_options import ParallelOptions
+from megatron_fuse.recipe.model_parallel import ParallelOptions
 
 
 @pytest.mark.parametrize(

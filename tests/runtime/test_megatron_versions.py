@@ -3,11 +3,12 @@ have.
 """
 
 import logging
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_fuse.runtime.megatron_versions import adopt_learning_rates, quiet_known_messages
+from megatron_fuse.runtime.megatron_versions import adopt_learning_rates, quiet_known_messages, submodules_of
 
 GROUPS = [
     {"wd_mult": 1.0, "lr_mult": 1.0, "max_lr": 1e-4, "min_lr": 1e-6},
@@ -47,3 +48,10 @@ def test_known_messages_alone_are_left_out(caplog) -> None:  # type: ignore[no-u
     logger.warning("the loss is %s", "high")
     logging.getLogger("megatron.core").warning("GPTModel IS DEPRECATED, says another")
     assert caplog.messages == ["the loss is high", "GPTModel IS DEPRECATED, says another"]
+
+
+@pytest.mark.parametrize("is_partial", [False, True], ids=["0.16 and 0.17", "from 0.18 on"])
+def test_the_submodules_of_a_part_are_found_in_both_forms(is_partial: bool) -> None:
+    parts = SimpleNamespace(linear_fc2=None)
+    spec = partial(SimpleNamespace, submodules=parts) if is_partial else SimpleNamespace(submodules=parts)
+    assert submodules_of(spec) is parts

@@ -110,7 +110,6 @@ def _draw(rng: np.random.Generator, vocab_size: int, entries: int, *, rows: bool
     )
 
 
-# By name: the class, and what its tiny target has beyond the sizes.
 def make_tiny_target(
     directory: Path,
     *,

@@ -357,6 +357,21 @@ def test_checkpoints_move_between_layers_with_and_without_extra_state(
     assert ranks(1, save, tmp_path / "checkpoints", odd[1]) == [True]
 
 
+def test_numbered_extra_states_of_experts_are_left_out() -> None:
+    """Transformer Engine's grouped experts number them from the second on."""
+    from megatron_fuse.training.checkpoint import _without_extra_state
+
+    experts = "decoder.layers.0.mlp.experts.linear_fc1"
+    extra = [
+        "_extra_state",
+        f"{experts}._extra_state",
+        f"{experts}._extra_state1",
+        f"{experts}._extra_state17",
+    ]
+    weights = [f"{experts}.weight1", "decoder.final_layernorm.weight", "an_extra_state.weight"]
+    assert list(_without_extra_state(dict.fromkeys(extra + weights))) == weights
+
+
 def test_a_source_tree_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_fuse.training import checkpoint_metadata
 

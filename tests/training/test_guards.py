@@ -40,6 +40,7 @@ def make_tiny_trainer(workdir: Path, target: Path, sections: dict[str, Any]) -> 
     runtime = start_runtime(
         tensor_parallel_size=sizes.tensor_model_parallel_size,
         pipeline_parallel_size=sizes.pipeline_model_parallel_size,
+        virtual_pipeline_parallel_size=sizes.virtual_pipeline_model_parallel_size,
         expert_parallel_size=sizes.expert_model_parallel_size,
         expert_tensor_parallel_size=sizes.expert_tensor_parallel_size,
     )
@@ -271,6 +272,14 @@ def test_every_rank_hears_of_replicas_that_differ(ranks, target, tmp_path, spoil
         assert (message is not None) == bool(spoiled)
     if spoiled:
         assert any("word_embeddings.weight" in message for message in messages)
+
+
+def test_a_difference_in_the_first_of_two_chunks_is_found(ranks, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Both chunks of a virtual pipeline call their layers by the same names."""
+    target = make_tiny_target(tmp_path / "target", layers=4)
+    messages = ranks(4, differing_replicas, target, tmp_path, layout(pp=2, vp=2), (3,))
+    assert all(message is not None for message in messages)
+    assert any("chunk 0: " in message for message in messages)
 
 
 def out_of_memory(

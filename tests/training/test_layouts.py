@@ -274,6 +274,12 @@ def experts(ranks: int = 1, **options: Any) -> dict[str, Any]:
         ),
         pytest.param(4, experts(2, pipeline_model_parallel_size=2), id="pp2-ep2"),
         pytest.param(
+            2,
+            experts(tensor_model_parallel_size=2, expert_tensor_parallel_size=1),
+            id="tp2-whole-experts",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             4,
             experts(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
             id="tp2-pp2",
