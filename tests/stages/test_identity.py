@@ -294,6 +294,7 @@ def other_values(recipe: Recipe, key: str, value: Any) -> dict[str, Any]:
     besides = {
         "reward_models.reward.scores": {"reward_models.reward.model": None},
         "training.lr_warmup_fraction": {"training.lr_warmup_iters": 0},
+        "training.moe_aux_loss_coeff": {"training.packing": True, "training.micro_batch_size": 1},
         "training.lr_wsd_decay_iters": wsd,
         "training.lr_wsd_decay_style": wsd,
     }

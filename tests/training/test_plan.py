@@ -36,7 +36,8 @@ def test_the_flops_of_llama_2_7b_are_the_known_ones() -> None:
     llama = SimpleNamespace(
         num_layers=32,
         hidden_size=4096,
-        ffn_hidden_size=11008,
+        ffn_width=11008,
+        experts=None,
         num_attention_heads=32,
         num_query_groups=32,
         head_dim=128,
@@ -49,7 +50,7 @@ def test_the_flops_of_llama_2_7b_are_the_known_ones() -> None:
 def test_flops_add_up_over_documents_and_grow_when_two_become_one(
     first: list[int], second: list[int]
 ) -> None:
-    shape = {"num_layers": 2, "hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2}
+    shape = {"num_layers": 2, "hidden_size": 8, "ffn_width": 16, "num_attention_heads": 2, "experts": None}
     a: Any = SimpleNamespace(**shape, num_query_groups=1, head_dim=4, vocab_size=100)
     one, two = training_flops(a, np.array(first)), training_flops(a, np.array(second))
     assert training_flops(a, np.array(first + second)) == one + two
