@@ -20,6 +20,7 @@ class ModelInput:
     position_ids: Tensor  # int64, the same shape
     supervised: Tensor  # int64: places in the flattened tokens, whose next token is supervised
     packed: PackedDocuments | None
+    own_length: int  # positions of hidden states on one of the ranks that share a sequence
 
 
 def model_input(batch: ReadingBatch, config: TransformerConfig, device: torch.device) -> ModelInput:
@@ -49,6 +50,7 @@ def _packed(batch: ReadingBatch, shares: int, device: torch.device) -> ModelInpu
         torch.cat([torch.arange(length) for length in documents])[None].to(device),
         (starts[row] + column).to(device),
         PackedDocuments.of(tuple(documents), bounds),
+        len(tokens) // shares,
     )
 
 
@@ -62,4 +64,5 @@ def _padded(batch: ReadingBatch, shares: int, device: torch.device) -> ModelInpu
         torch.arange(padded, device=device).expand(count, padded),
         (row * padded + column).to(device),
         None,
+        padded // shares,
     )

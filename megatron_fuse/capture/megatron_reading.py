@@ -118,12 +118,10 @@ class MegatronReader:
         supervised positions [n, k], the others None.
         """
         refuse_ids_beyond(self.architecture.vocab_size, batch.largest_id, f"sources.{self.source}")
-        config, neighbours = self.model.config, self.neighbours
-        given = model_input(batch, config, self.ranks.device)
-        count, length = given.tokens.shape
+        given, neighbours = model_input(batch, self.model.config, self.ranks.device), self.neighbours
         if not neighbours.is_first:
-            own = length // config.tensor_model_parallel_size if config.sequence_parallel else length
-            hidden_states = neighbours.receive((own, count, self.architecture.hidden_size))
+            shape = (given.own_length, len(given.tokens), self.architecture.hidden_size)
+            hidden_states = neighbours.receive(shape)
             self.model.set_input_tensor(hidden_states)
         output = self.model(
             given.tokens,

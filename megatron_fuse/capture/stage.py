@@ -239,7 +239,7 @@ def _capture_together(
         tensor_parallel_size=layout.tensor_model_parallel_size,
         pipeline_parallel_size=layout.pipeline_model_parallel_size,
         expert_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.sizes["expert_tensor_parallel_size"],
+        expert_tensor_parallel_size=layout.expert_tensor_size,
     )
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
     from megatron_fuse.capture.megatron_ranks import SourceRanks

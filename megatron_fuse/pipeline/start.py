@@ -37,8 +37,7 @@ def start_recipe(recipe: Recipe, processes: int, until: str | None = None, *, by
             f"{model_parallel} (tensor x pipeline parallelism of the recipe) and at most {_MOST_PROCESSES}"
         )
     layout = recipe.parallel
-    of_experts = layout.expert_tensor_size * layout.expert_model_parallel_size
-    of_experts *= layout.pipeline_model_parallel_size
+    of_experts = layout.experts_size * layout.pipeline_model_parallel_size
     if processes % of_experts:
         raise UserError(
             f"--nproc-per-node {processes}: the number of processes must be a multiple of {of_experts} "

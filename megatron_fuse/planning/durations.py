@@ -182,8 +182,8 @@ def training_seconds(
 
 def _dispatch_seconds(layout: ParallelOptions, bytes_sent: float, cluster: Cluster, rates: Rates) -> float:
     """The time in which a rank sends tokens to experts of other ranks."""
-    experts, size = layout.expert_model_parallel_size, layout.expert_tensor_size
-    rate = rates.link if experts * size <= cluster.per_node else min(rates.link, rates.network)
+    experts = layout.expert_model_parallel_size
+    rate = rates.link if layout.experts_size <= cluster.per_node else min(rates.link, rates.network)
     return bytes_sent * (experts - 1) / experts / rate
 
 
@@ -201,8 +201,7 @@ def _exposed(
 
     Overlapped sums hide behind the computation of the last micro-batches, here a half of it.
     """
-    of_experts = size.expert_parameters / layout.pipeline_model_parallel_size
-    of_experts /= layout.expert_tensor_size * layout.expert_model_parallel_size
+    of_experts = size.expert_parameters / layout.pipeline_model_parallel_size / layout.experts_size
     shared = (size.parameters - size.expert_parameters) / layout.model_parallel_size
     # Megatron numbers tensor ranks first, then data-parallel ones. In a node with several ranks of a group
     # NCCL's rings leave through all of their network cards.
@@ -210,11 +209,6 @@ def _exposed(
     through_cards = rates.network * cluster.per_node / layout.tensor_model_parallel_size
     rate = rates.link if in_one_node else min(rates.link, through_cards)
     bytes_of_one = 2 * 4 if not layout.use_distributed_optimizer else 4 + 2
-    # The ranks that hold the same experts are fewer: those of one expert-parallel group hold different ones.
-    holders = (
-        data
-        * layout.tensor_model_parallel_size
-        / (layout.expert_tensor_size * layout.expert_model_parallel_size)
-    )
-    sending = bytes_of_one * (shared * (data - 1) / data + of_experts * (holders - 1) / holders) / rate
+    replicas = layout.expert_replicas(data)
+    sending = bytes_of_one * (shared * (data - 1) / data + of_experts * (replicas - 1) / replicas) / rate
     return max(sending - computing / 2, 0.0) if layout.overlap_grad_reduce else sending

@@ -268,11 +268,11 @@ def _refusal(recipe: Recipe, architecture: Architecture, cluster: Cluster) -> st
             f"the recipe's tensor x pipeline parallelism needs a multiple of {parallel.model_parallel_size} "
             f"GPUs, but --gpus is {cluster}. Change parallel, or plan for other GPUs."
         )
-    of_experts = parallel.expert_tensor_size * parallel.expert_model_parallel_size
-    if cluster.gpus % (of_experts * parallel.pipeline_model_parallel_size):
+    of_experts = parallel.experts_size * parallel.pipeline_model_parallel_size
+    if cluster.gpus % of_experts:
         return (
-            f"the recipe's experts need a multiple of {of_experts * parallel.pipeline_model_parallel_size} "
-            f"GPUs, but --gpus is {cluster}. Change parallel, or plan for other GPUs."
+            f"the recipe's experts need a multiple of {of_experts} GPUs, but --gpus is {cluster}. Change "
+            "parallel, or plan for other GPUs."
         )
     tensor = parallel.tensor_model_parallel_size
     shared = shares_sequence(architecture, tensor, parallel.sequence_parallel)

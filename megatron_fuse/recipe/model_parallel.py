@@ -77,6 +77,15 @@ class ParallelOptions(ModelParallelOptions):
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
 
     @property
+    def experts_size(self) -> int:
+        """The ranks that hold the experts of a pipeline stage together once."""
+        return self.expert_tensor_size * self.expert_model_parallel_size
+
+    def expert_replicas(self, data_parallel_size: int) -> float:
+        """The number of ranks that hold the same experts."""
+        return data_parallel_size * self.tensor_model_parallel_size / self.experts_size
+
+    @property
     def sizes(self) -> dict[str, Any]:
         return super().sizes | {
             "virtual_pipeline_model_parallel_size": self.virtual_pipeline_model_parallel_size,

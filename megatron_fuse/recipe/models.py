@@ -205,11 +205,16 @@ class SourceParallelOptions(ModelParallelOptions):
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
 
     @property
+    def expert_tensor_size(self) -> int:
+        """The tensor-parallel ranks of each expert.
+
+        The tensor-parallel ranks share the experts, so that a copy of the source is whole without others.
+        """
+        return self.tensor_model_parallel_size // self.expert_model_parallel_size
+
+    @property
     def sizes(self) -> dict[str, Any]:
-        # The tensor-parallel ranks share the experts, so that a copy of the source is whole without others.
-        return super().sizes | {
-            "expert_tensor_parallel_size": self.tensor_model_parallel_size // self.expert_model_parallel_size
-        }
+        return super().sizes | {"expert_tensor_parallel_size": self.expert_tensor_size}
 
     @model_validator(mode="after")
     def _shares_experts_over_tensor_ranks(self) -> Self:

@@ -150,11 +150,8 @@ def estimate_memory(
     # With the distributed optimizer each data-parallel rank holds its share of masters and moments.
     of_optimizer: float = parameters
     if layout.use_distributed_optimizer:
-        # The ranks that hold the same experts.
-        holders = (
-            data_parallel_size * tensor / (layout.expert_tensor_size * layout.expert_model_parallel_size)
-        )
-        of_optimizer = dense / data_parallel_size + of_experts / holders
+        replicas = layout.expert_replicas(data_parallel_size)
+        of_optimizer = dense / data_parallel_size + of_experts / replicas
     tokens = training.micro_batch_size * sequence
     layers = _layers(recipe, architecture, stage)
     in_flight = micro_batches_in_flight(stages, layout.virtual_pipeline_model_parallel_size or 1, stage)
@@ -216,8 +213,8 @@ def savings(
         turned["--use-distributed-optimizer"] = {"parallel": {"use_distributed_optimizer": True}}
     if architecture.experts is not None:
         more = 2 * layout.expert_model_parallel_size
-        holders = data_parallel_size * layout.tensor_model_parallel_size // layout.expert_tensor_size
-        if architecture.experts.count % more == 0 and holders % more == 0:
+        # Each doubling halves the replicas of the experts.
+        if architecture.experts.count % more == 0 and layout.expert_replicas(data_parallel_size) % 2 == 0:
             now = layout.expert_model_parallel_size
             turned[f"--expert-model-parallel-size {more} (now {now})"] = {
                 "parallel": {"expert_model_parallel_size": more}

@@ -11,22 +11,8 @@ import torch
 from campaign import FuzzTarget
 from safetensors.torch import load_file, save_file
 from small_models import save_model
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Olmo2Config,
-    OlmoeConfig,
-    Phi3Config,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    SmolLM3Config,
-)
+from target_families import FAMILIES, MIXTURES
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from megatron_fuse.huggingface.fingerprints import model_fingerprint
 from megatron_fuse.huggingface.loading import load_causal_lm
@@ -63,20 +49,14 @@ _TARGETS: dict[str, tuple[PreTrainedConfig, str]] = {
         Qwen2Config(**_SIZES, tie_word_embeddings=True, use_sliding_window=True, sliding_window=7),
         "whole",
     ),
-    "qwen3": (Qwen3Config(**_SIZES, head_dim=16), "whole"),
-    "phi3": (Phi3Config(**_SIZES, sliding_window=7, pad_token_id=None), "whole"),
-    "olmo2": (Olmo2Config(**_SIZES), "whole"),
-    "gemma2": (Gemma2Config(**_SIZES, head_dim=16, query_pre_attn_scalar=16, sliding_window=7), "whole"),
-    "gemma3": (Gemma3TextConfig(**_SIZES, head_dim=16, sliding_window=7), "whole"),
-    "smollm3": (SmolLM3Config(**_SIZES, pad_token_id=None), "whole"),
-    "mixtral": (MixtralConfig(**_SIZES, num_local_experts=4, num_experts_per_tok=2), "whole"),
-    "qwen3_moe": (
-        Qwen3MoeConfig(**_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
-        "whole",
-    ),
-    "olmoe": (OlmoeConfig(**_SIZES, num_experts=4, num_experts_per_tok=2, pad_token_id=None), "whole"),
 }
-_FIRST = ("llama", "mistral", "qwen2")  # each in another form of weight files
+_FIRST = tuple(_TARGETS)  # each in another form of weight files
+_TARGETS |= {
+    # Four layers, for the families with kinds of layers.
+    name: (config_class(**_SIZES | {"num_hidden_layers": 4}, **further), "whole")
+    for name, (config_class, further) in (FAMILIES | MIXTURES).items()
+    if name not in _FIRST
+}
 
 
 def _in_shards(directory: Path, suffix: str) -> None:
