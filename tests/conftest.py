@@ -1,7 +1,6 @@
 """Fixtures of all tests."""
 
 import gc
-import multiprocessing
 import os
 import shutil
 import signal
@@ -12,7 +11,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from rank_pool import WITHOUT_GPU, RankPool
+from rank_pool import WITHOUT_GPU, RankPool, forked
 
 from megatron_fuse.recipe import Recipe
 
@@ -103,7 +102,7 @@ def apart(cache: None) -> Iterator[Callable[..., Any]]:
     """apart(function, *arguments): its result, of a process of its own, for what changes torch for the
     rest of a process's life.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=forked()) as pool:
         yield lambda function, *arguments: pool.submit(function, *arguments).result()
 
 

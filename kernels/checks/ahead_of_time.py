@@ -66,11 +66,13 @@ class Compiled:
     stores: int
 
 
-def variants(dtype: str, modes: Sequence[int]) -> Iterator[tuple[str, dict[str, object], int]]:
+def variants(
+    dtype: str, modes: Sequence[int], softcaps: Sequence[float | None]
+) -> Iterator[tuple[str, dict[str, object], int]]:
     """(kernel, constants, warps) of everything that a launch may choose, at the sizes of real runs.
 
-    modes: the kernels' ways of taking the temperature (T_MODE).
-    A constant None is an argument that is left out. Kernels that take CAP occur with and without a cap.
+    modes: the kernels' ways of taking the temperature (T_MODE). softcaps: values of CAP.
+    A constant None is an argument that is left out.
     """
     size = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
     launch = choose_launch(8192, 128256, size, 132)
@@ -79,7 +81,7 @@ def variants(dtype: str, modes: Sequence[int]) -> Iterator[tuple[str, dict[str, 
             yield "gather_kernel", {"TAIL": tail, "K": slots}, gather_warps(slots)
     yield "loss_kernel", {"B": 128}, 4
     yield "scale_kernel", {"BLOCK": launch.block, "ROUND": False}, launch.warps
-    for cap in ({"CAP": None}, {"CAP": _SOFTCAP}):
+    for cap in ({"CAP": softcap} for softcap in softcaps):
         for slots in (16, 128):
             yield "finish_kernel", {"K": slots, "STATISTICS": None, **cap}, 1
             yield "finish_kernel", {"K": slots, "RESULTS": None, "COEFFICIENTS": None, **cap}, 1
@@ -166,10 +168,14 @@ def main() -> int:
     parser.add_argument(
         "--modes", type=int, nargs="+", default=[0, 1, 2, 4], help="values of T_MODE, default all"
     )
+    parser.add_argument(
+        "--without-softcap", action="store_true", help="only the kernels that have no softcap"
+    )
     arguments = parser.parse_args()
+    softcaps = [None] if arguments.without_softcap else [None, _SOFTCAP]
     failed = False
     for capability in arguments.capability:
-        for name, constants, warps in variants(arguments.dtype, arguments.modes):
+        for name, constants, warps in variants(arguments.dtype, arguments.modes, softcaps):
             compiled = compile_kernel(name, constants, warps, capability, arguments.dtype)
             failed |= bool(problems(compiled))
             print(json.dumps({**asdict(compiled), "problems": problems(compiled)}), flush=True)

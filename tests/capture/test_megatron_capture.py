@@ -206,7 +206,14 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# The slow ones split one thing alone, and other tests split it together with another.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("pp4", "tp2-dp2", "dp4") else ())
+        for name in LAYOUTS
+    ],
+)
 def test_a_layout_captures_what_the_model_in_process_does(  # type: ignore[no-untyped-def]
     ranks, expected, tmp_path, name
 ) -> None:

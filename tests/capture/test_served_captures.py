@@ -3,7 +3,6 @@ that is not certainly about our tokens and whole comes in.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from local_server import Act, scripted
 from local_teacher import Lie, LocalTeacher
+from rank_pool import forked
 from small_captures import Models, build_world, changed, fresh_recipe, read
 from small_models import save_model, small_recipe
 
@@ -309,7 +309,7 @@ def test_two_processes_capture_by_claim_from_one_server(
         recipe = at(fresh, server.url).model_copy(update={"workdir": tmp_path / "served"})
         _copy(fresh, recipe)
         content = recipe.model_dump(mode="json", by_alias=True)
-        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(2, forked()) as pool:
             list(pool.map(_capture_by_claim, [content] * 2))
     expected = read(fresh, SOURCE, "training")
     assert assert_equal_up_to_rounding(read(recipe, SOURCE, "training"), expected) > 100

@@ -33,7 +33,7 @@ def kinds(few: dict[str, int]) -> list:
 
 @pytest.mark.parametrize("manner", MANNERS, ids=lambda manner: manner.strip() or "by lock")
 @pytest.mark.parametrize(
-    ("kind", "cases"), kinds({"raced": 8, "stopped": 4, "killed in a race": 4, "damaged": 8})
+    ("kind", "cases"), kinds({"raced": 4, "stopped": 2, "killed in a race": 2, "damaged": 8})
 )
 def test_shards_alone(
     plans: dict[str, Target], campaign: Campaign, kind: str, cases: int, manner: str

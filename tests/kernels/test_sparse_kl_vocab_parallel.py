@@ -62,7 +62,7 @@ def compare_with_whole(seed: int) -> dict[str, str]:
             for softcap in SOFTCAPS[tail]:
                 # few rows: the interpreter takes a second for ten of them
                 case = make_case(
-                    seed, n=12, vocab=vocab, k=min(10, vocab - 1), padding=sum(widths) - vocab, dtype=dtype
+                    seed, n=6, vocab=vocab, k=min(10, vocab - 1), padding=sum(widths) - vocab, dtype=dtype
                 )
                 options = {"tail": tail, "temperature": 2.0, "softcap": softcap}
                 shard = slice(start, start + widths[rank])

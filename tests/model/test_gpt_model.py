@@ -125,9 +125,11 @@ FIRST = ("llama2", "mistral", "qwen2")
 
 
 def trained_at_layouts():
-    """A plain run has all layouts of the first families, and of the others the one that splits everything."""
+    """A plain run has all layouts of the first families, and of the others the one that splits everything.
+    The loss that is fused with the output layer is there at that layout.
+    """
     for layout, name, fused_linear in itertools.product(LAYOUTS, TRAINED, (False, True)):
-        plain = name in FIRST or (layout == "tp2-pp2" and not fused_linear)
+        plain = (name in FIRST) + (layout == "tp2-pp2") + (not fused_linear) >= 2
         words = f"{layout}-{name}-{'fused linear' if fused_linear else 'logits'}"
         yield pytest.param(layout, name, fused_linear, marks=[] if plain else pytest.mark.slow, id=words)
 

@@ -287,7 +287,7 @@ def _is_of_one_make(artifact: Path) -> None:
 
 @pytest.mark.parametrize("plans", [1, 2])
 @pytest.mark.parametrize(
-    "seed", [*range(10), *(pytest.param(i, marks=pytest.mark.slow) for i in range(10, 300))]
+    "seed", [*range(5), *(pytest.param(i, marks=pytest.mark.slow) for i in range(5, 300))]
 )
 def test_in_any_order_of_steps_a_shard_is_published_once(
     tmp_path: Path, interleaved: Callable[[int], Interleaving], seed: int, plans: int

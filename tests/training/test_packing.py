@@ -33,7 +33,7 @@ def unpacked(ranks, target: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         pytest.param(1, layout(), {}, id="one"),
         pytest.param(1, layout(), {"recompute": True}, id="recompute"),
         pytest.param(2, layout(tp=2), {}, id="tp2"),
-        pytest.param(2, layout(pp=2), {}, id="pp2"),
+        pytest.param(2, layout(pp=2), {}, id="pp2", marks=pytest.mark.slow),  # as with virtual stages
         pytest.param(2, layout(pp=2, vp=2), {}, id="pp2-vp2"),
         pytest.param(2, layout(), {}, id="dp2"),
     ],

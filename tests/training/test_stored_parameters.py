@@ -1,8 +1,10 @@
 """Checkpoints of Megatron-LM, which know nothing of this project, as Hugging Face directories."""
 
 import argparse
+import functools
 import itertools
 import json
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,14 @@ from synthetic import FAMILIES, make_tiny_target
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.training.export import checkpoint_in, export_checkpoint
+
+
+@functools.cache
+def _megatron_queue() -> Any:
+    """The kind of queue that Megatron-core makes for its saves. It starts a fresh Python for it, which takes
+    five seconds; a fork is enough.
+    """
+    return multiprocessing.get_context("fork").Manager().Queue()
 
 
 def save_as_megatron_lm(
@@ -54,7 +64,7 @@ def save_as_megatron_lm(
         (directory / "latest_checkpointed_iteration.txt").write_text("7")
     dist.barrier()
     # As in a process of Megatron-LM: a save of another test in this process left a queue of this project.
-    filesystem_async._results_queue = None
+    filesystem_async._results_queue = _megatron_queue()
     dist_checkpointing.save(state, str(checkpoint))
 
 

@@ -62,10 +62,10 @@ def seconds_of(row: dict[str, Any]) -> dict[str, float]:
     ("world_size", "parallel", "level", "timers"),
     [
         pytest.param(1, layout(), 0, set(), id="level-0"),
-        pytest.param(1, layout(), 1, ONCE_A_STEP, id="level-1"),
+        pytest.param(1, layout(), 1, ONCE_A_STEP, id="level-1", marks=pytest.mark.slow),
         pytest.param(1, layout(), 2, ONCE_A_STEP | ONCE_A_MICRO_BATCH, id="level-2"),
         pytest.param(2, layout(tp=2), 1, ONCE_A_STEP, id="tp2-level-1"),
-        pytest.param(2, layout(pp=2), 1, ONCE_A_STEP, id="pp2-level-1"),
+        pytest.param(2, layout(pp=2), 1, ONCE_A_STEP, id="pp2-level-1", marks=pytest.mark.slow),
         pytest.param(2, layout(pp=2), 2, ONCE_A_STEP | ONCE_A_MICRO_BATCH | OF_TWO_STAGES, id="pp2-level-2"),
         pytest.param(
             2, layout(overlap_grad_reduce=True), 2, ONCE_A_STEP | ONCE_A_MICRO_BATCH, id="dp2-level-2"
