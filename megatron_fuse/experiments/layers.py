@@ -4,6 +4,7 @@ The layers, from the lowest: the recipe, `common`, the scenario, the variant, an
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +77,16 @@ def variant_recipe(experiment: Experiment, run: str, seed: int) -> Recipe:
 
     Raises UserError if the options are not valid.
     """
-    content = _variant(experiment, read_document(experiment.recipe), run, seed)
+    path = experiment.recipe
+    recipe = _recipe_of_all(path, path.stat().st_mtime_ns if path.exists() else 0)
+    content = _variant(experiment, recipe, run, seed)
     return make_recipe(content, f"{experiment.recipe} with variant {run}")
+
+
+@cache  # parsing YAML takes longer than the rest, and a map has a thousand runs
+def _recipe_of_all(path: Path, changed: int) -> Document:
+    """changed: when the file was last changed, in nanoseconds."""
+    return read_document(path)
 
 
 def _variant(experiment: Experiment, recipe: Document, run: str, seed: int) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def options_hash(run: Run) -> str:
 
 def _rows(run: Run, split: str, made: Made) -> list[Result]:
     path = run.evaluation(split)
-    day = date.fromtimestamp(path.stat().st_mtime).isoformat()
+    day, options = date.fromtimestamp(path.stat().st_mtime).isoformat(), options_hash(run)
     return [
         Result(
             variant=run.name,
@@ -140,7 +140,7 @@ def _rows(run: Run, split: str, made: Made) -> list[Result]:
             data=(made.data or "")[:12],
             machine=f"{platform.machine()}, {os.cpu_count()} cores",
             date=day,
-            options=options_hash(run),
+            options=options,
         )
         for metric, measured in read_record(Evaluation, path).metrics.items()
     ]

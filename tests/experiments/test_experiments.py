@@ -136,6 +136,17 @@ def test_results_of_other_code_or_options_do_not_count(
     assert run(experiment_file, skip_measured=True)[2] == ["bb 2 test"]
 
 
+def test_a_recipe_that_changes_in_the_meantime_makes_other_runs(experiment_file: Path) -> None:
+    run = Run(load_experiment(experiment_file), "csft", 1)
+    before = options_hash(run)
+    assert options_hash(run) == before
+    recipe = experiment_file.parent / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "\n")
+    assert options_hash(run) == before
+    changed(recipe, seed=9, training=yaml.safe_load(recipe.read_text())["training"] | {"lr": 0.125})
+    assert options_hash(run) != before
+
+
 def test_results_of_another_measuring_command_do_not_count(experiment_file: Path) -> None:
     experiment, *_ = run(experiment_file)
     write_results(experiment, collect_results(experiment, "test"), "test")
