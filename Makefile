@@ -15,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 # transformers, in each of the hundreds of processes that the tests start.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: setup quickstart test check-gpu lint docs clean
+.PHONY: setup setup-tests quickstart test check-gpu lint docs clean
 
 setup: $(READY)
 
@@ -31,12 +31,14 @@ $(READY_FOR_TESTS): $(READY)
 	$(INSTALL) -e '.[dev]'
 	@touch $@
 
+setup-tests: $(READY_FOR_TESTS)
+
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py
 
-# In two processes, a file in one of them. `make test PYTEST_ARGS='-n 0 -s'`: in one, which shows what tests print.
+# In three processes, a file in one of them. They often wait, so that two cores have room for a third. `make test PYTEST_ARGS='-n 0 -s'`: in one, which shows what tests print.
 test: $(READY_FOR_TESTS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # CHECK_ARGS: options of the command, as "--only kernels benchmark"
 check-gpu: $(READY)

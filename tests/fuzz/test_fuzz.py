@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from campaign import Result, all_targets, run_campaign, run_case, shares
 
-PLAIN_CASES, SLOW_CASES = 500, int(os.environ.get("FUZZ_CASES", 20_000))
+PLAIN_CASES, SLOW_CASES = 300, int(os.environ.get("FUZZ_CASES", 20_000))
 SEED = int(os.environ.get("FUZZ_SEED", 1))
 ONLY = os.environ.get("FUZZ_TARGET", "")
 TARGETS = {name: target for name, target in all_targets().items() if name.startswith(ONLY)}
