@@ -66,32 +66,37 @@ class Compiled:
     stores: int
 
 
+def up_to(most: int, numbers: Sequence[int]) -> list[int]:
+    return [number for number in numbers if number <= most]
+
+
 def variants(
-    dtype: str, modes: Sequence[int], softcaps: Sequence[float | None]
+    dtype: str, modes: Sequence[int], most_slots: int
 ) -> Iterator[tuple[str, dict[str, object], int]]:
     """(kernel, constants, warps) of everything that a launch may choose, at the sizes of real runs.
 
-    modes: the kernels' ways of taking the temperature (T_MODE). softcaps: values of CAP.
-    A constant None is an argument that is left out.
+    modes: the kernels' ways of taking the temperature (T_MODE). most_slots: the largest K.
+    A constant None is an argument that is left out. Kernels that take CAP occur with and without a cap.
     """
     size = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
     launch = choose_launch(8192, 128256, size, 132)
-    for slots in (16, 128):
+    for slots in up_to(most_slots, (16, 128)):
         for tail in ("bucket", "renormalize", "ignore"):
             yield "gather_kernel", {"TAIL": tail, "K": slots}, gather_warps(slots)
     yield "loss_kernel", {"B": 128}, 4
     yield "scale_kernel", {"BLOCK": launch.block, "ROUND": False}, launch.warps
-    for cap in ({"CAP": softcap} for softcap in softcaps):
-        for slots in (16, 128):
+    for cap in ({"CAP": None}, {"CAP": _SOFTCAP}):
+        for slots in up_to(most_slots, (16, 128)):
             yield "finish_kernel", {"K": slots, "STATISTICS": None, **cap}, 1
             yield "finish_kernel", {"K": slots, "RESULTS": None, "COEFFICIENTS": None, **cap}, 1
             for upstream in ({}, {"UPSTREAM": None}):
                 yield "special_gradient_kernel", {"K": slots, "ROUND": False, **upstream, **cap}, 1
         for mode in modes:
-            yield from ((name, {**constants, **cap}, warps) for name, constants, warps in passes(size, mode))
+            for name, constants, warps in passes(size, mode, most_slots):
+                yield name, {**constants, **cap}, warps
 
 
-def passes(size: int, mode: int) -> Iterator[tuple[str, dict[str, object], int]]:
+def passes(size: int, mode: int, most_slots: int) -> Iterator[tuple[str, dict[str, object], int]]:
     """The part of `variants` that passes over the logits, whose elements have `size` bytes."""
     launch = choose_launch(8192, 128256, size, 132)
     yield "off_ids_kernel", {"R": launch.rows, "C": launch.lanes, "T_MODE": mode}, launch.warps
@@ -108,7 +113,7 @@ def passes(size: int, mode: int) -> Iterator[tuple[str, dict[str, object], int]]
             {**row_shape(whole), "K": 16, "T_MODE": mode, "ROUND": False},
             whole.row_warps,
         )
-    for slots in (16, 64):
+    for slots in up_to(most_slots, (16, 64)):
         lanes, neighbours, tiles = triton_topk.tile_shape(128256, size, slots)
         yield "topk_kernel", {"K": slots, "C": lanes, "R": neighbours, "S": tiles, "T_MODE": mode}, 8
 
@@ -168,14 +173,11 @@ def main() -> int:
     parser.add_argument(
         "--modes", type=int, nargs="+", default=[0, 1, 2, 4], help="values of T_MODE, default all"
     )
-    parser.add_argument(
-        "--without-softcap", action="store_true", help="only the kernels that have no softcap"
-    )
+    parser.add_argument("--most-slots", type=int, default=128, help="largest K, default 128")
     arguments = parser.parse_args()
-    softcaps = [None] if arguments.without_softcap else [None, _SOFTCAP]
     failed = False
     for capability in arguments.capability:
-        for name, constants, warps in variants(arguments.dtype, arguments.modes, softcaps):
+        for name, constants, warps in variants(arguments.dtype, arguments.modes, arguments.most_slots):
             compiled = compile_kernel(name, constants, warps, capability, arguments.dtype)
             failed |= bool(problems(compiled))
             print(json.dumps({**asdict(compiled), "problems": problems(compiled)}), flush=True)

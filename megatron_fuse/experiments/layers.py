@@ -78,14 +78,15 @@ def variant_recipe(experiment: Experiment, run: str, seed: int) -> Recipe:
     Raises UserError if the options are not valid.
     """
     path = experiment.recipe
-    recipe = _recipe_of_all(path, path.stat().st_mtime_ns if path.exists() else 0)
+    found = path.stat() if path.exists() else None
+    recipe = _recipe_of_all(path, found and (found.st_mtime_ns, found.st_size))
     content = _variant(experiment, recipe, run, seed)
     return make_recipe(content, f"{experiment.recipe} with variant {run}")
 
 
 @cache  # parsing YAML takes longer than the rest, and a map has a thousand runs
-def _recipe_of_all(path: Path, changed: int) -> Document:
-    """changed: when the file was last changed, in nanoseconds."""
+def _recipe_of_all(path: Path, version: tuple[int, int] | None) -> Document:
+    """version: what differs after a change of the file: the time of the change, and the size."""
     return read_document(path)
 
 

@@ -8,6 +8,7 @@ from megatron_fuse.instructions.prepare import (
     instructions_options,
     load_examples,
     prepare_instructions,
+    require_categories,
     shard_sizes,
 )
 from megatron_fuse.instructions.rows import Rows, read_rows
@@ -23,5 +24,6 @@ __all__ = [
     "naming_example",
     "prepare_instructions",
     "read_rows",
+    "require_categories",
     "shard_sizes",
 ]

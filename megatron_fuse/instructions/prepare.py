@@ -10,7 +10,7 @@ instructions/examples.dropped.jsonl     {id, line, kind, reason}: examples that 
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -189,6 +189,7 @@ def prepare_instructions(context: Context) -> Artifact | None:
     artifact = completed(plan)
     if artifact:
         log_complete(plan.directory, artifact.counts["examples"], "examples")
+        _check_categories(recipe, artifact)
     if artifact or rank_and_world()[0] != 0:
         return artifact
     # The examples are chosen before anything is written, so that an error leaves no directory.
@@ -231,6 +232,7 @@ def prepare_instructions(context: Context) -> Artifact | None:
     artifact = run_plan(plan, make_shard, ShardProgress(plan.directory, "examples", [len(fitted)]))
     if artifact:
         _warn_of_other_forms(artifact, formats)
+        _check_categories(recipe, artifact)
     return artifact
 
 
@@ -244,6 +246,21 @@ def _usable_rows(data: DataOptions) -> Rows:
             f"{data.path}: none of its {len(rows.bad)} rows can be used in {rows.form} form ({reason})"
         )
     return rows
+
+
+def _check_categories(recipe: Recipe, artifact: Artifact) -> None:
+    """Checks what the rule by_category needs, before the sources answer for hours."""
+    if "by_category" in recipe.rules_for_answers:
+        require_categories(recipe, load_examples(artifact))
+
+
+def require_categories(recipe: Recipe, examples: Sequence[Example]) -> None:
+    """Raises UserError if no example has a category."""
+    if all(example.category is None for example in examples):
+        raise UserError(
+            f"{recipe.data.path}: no example has a category, but selection chooses by_category: add "
+            "the key category to the rows, or choose another rule"
+        )
 
 
 def _warn_of_other_forms(artifact: Artifact, formats: list[tuple[str, ChatFormat]]) -> None:

@@ -2,9 +2,8 @@
 
 import numpy as np
 
-from megatron_fuse.errors import UserError
 from megatron_fuse.fusion_data.answers import EMPTY_ANSWER, answer_key
-from megatron_fuse.instructions import INSTRUCTIONS, example_shards
+from megatron_fuse.instructions import INSTRUCTIONS, load_examples, require_categories
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import RESPONSES, response_shards
 from megatron_fuse.scoring.reference_scores import load_reference_scores
@@ -70,14 +69,10 @@ def _categories(context: Context) -> dict[str, np.ndarray]:
 
     Examples without a category are one category.
     """
-    examples = [example for shard in example_shards(context.open(INSTRUCTIONS)) for example in shard]
+    examples = load_examples(context.open(INSTRUCTIONS))
+    require_categories(context.recipe, examples)
     numbers: dict[str | None, int] = {}
     categories = [numbers.setdefault(example.category, len(numbers)) for example in examples]
-    if list(numbers) == [None]:
-        raise UserError(
-            f"{context.recipe.data.path}: no example has a category, but selection chooses by_category: add "
-            "the key category to the rows, or choose another rule"
-        )
     validation = [example.is_validation for example in examples]
     return {"category": np.array(categories, np.int32), "validation": np.array(validation, np.uint8)}
 

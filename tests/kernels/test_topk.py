@@ -201,7 +201,7 @@ def compare_with_whole(seed: int) -> list[str]:
     return complaints
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_shards_find_what_the_whole_holds(size, ranks):
     seed = random.randrange(2**31)
     for complaints in ranks(size, compare_with_whole, seed):

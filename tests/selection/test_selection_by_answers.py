@@ -1,5 +1,6 @@
 """The rules that let the sources' own answers decide: the winner, and the best source of a category."""
 
+import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -14,7 +15,7 @@ from small_models import write_rows
 from megatron_fuse.dataset import FusionDataset, build_fusion_data
 from megatron_fuse.errors import UserError
 from megatron_fuse.inspection.documents import format_view, view_document
-from megatron_fuse.instructions import INSTRUCTIONS, load_examples
+from megatron_fuse.instructions import INSTRUCTIONS, load_examples, prepare_instructions
 from megatron_fuse.recipe import Margin, Recipe
 from megatron_fuse.recipe.stage_options import SelectionOptions
 from megatron_fuse.report.advantage import write_advantage_report
@@ -161,8 +162,17 @@ def test_rows_without_a_category_are_refused(tmp_path: Path) -> None:
     write_rows(tmp_path / "data.jsonl", rows)
     recipe = fusion_recipe(tmp_path, save_models(tmp_path))
     run_before_fusion(recipe)
-    with pytest.raises(UserError, match=r"data\.jsonl: no example has a category.*choose another rule"):
-        build_fusion_data(Context(with_rules(recipe, "fuse", training="by_category")))
+    by_category = Context(with_rules(recipe, "fuse", training="by_category"))
+    refused = pytest.raises(UserError, match=r"data\.jsonl: no example has a category.*choose another rule")
+    # Before the sources answer, whether the instructions are there already or not; and in a build alone.
+    with refused:
+        prepare_instructions(by_category)
+    with refused:
+        build_fusion_data(by_category)
+    shutil.rmtree(recipe.workdir / "instructions")
+    with refused:
+        prepare_instructions(by_category)
+    assert prepare_instructions(Context(with_rules(recipe, "csft", training="by_category"))) is not None
 
 
 def test_without_a_reward_model_the_rule_is_refused(fused: Recipe) -> None:

@@ -212,7 +212,7 @@ def families_at_layouts() -> Iterator[Any]:
     }
     # Norms of each head, over all heads and around every matrix. tests/model/test_gpt_model.py has the
     # gradients of all families in a plain run.
-    plain = [("qwen3", "tp2-sequence"), ("olmo2", "tp2-pp2"), ("gemma3", "tp2-pp2")]
+    plain = [("gemma3", "tp2-sequence"), ("olmo2", "tp2-pp2"), ("qwen3", "tp2-pp2")]
     for family in FAMILIES:
         for name, (world_size, parallel) in layouts.items():
             marks = () if (family, name) in plain else pytest.mark.slow
@@ -434,13 +434,12 @@ def test_every_factorisation_accounts_alike(  # type: ignore[no-untyped-def]
     [
         pytest.param((2, layout(tp=2)), (2, layout(pp=2)), 1, id="tp2-to-pp2"),
         pytest.param((2, layout(pp=2, vp=2)), (1, layout()), 3, id="vp2-to-one"),
-        pytest.param((3, layout(pp=3)), (2, layout(pp=2)), 1, id="pp3-to-pp2", marks=pytest.mark.slow),
+        pytest.param((3, layout(pp=3)), (2, layout(pp=2)), 1, id="pp3-to-pp2"),
         pytest.param(
             (4, layout(tp=2, use_distributed_optimizer=True)),
             (2, layout(use_distributed_optimizer=True)),
             3,
             id="distributed",
-            marks=pytest.mark.slow,
         ),
         # 2: the end of the first phase
         pytest.param(

@@ -88,14 +88,15 @@ def of_teachers(values: dict[str, float]) -> dict[str, float]:
         pytest.param(1, layout(), {"micro_batch_size": 16}, {}, id="both-modes-in-a-micro-batch"),
         pytest.param(1, layout(), {"micro_batch_size": 1, "packing": True}, {}, id="packed"),
         pytest.param(1, layout(), {}, {"fused_linear": True}, id="fused-linear"),
-        pytest.param(2, layout(tp=2), {}, {"implementation": "reference"}, id="tp2-reference"),
+        pytest.param(
+            2, layout(tp=2), {}, {"implementation": "reference"}, id="tp2-reference", marks=pytest.mark.slow
+        ),
         pytest.param(
             2,
             layout(tp=2),
             {"micro_batch_size": 1, "packing": True},
             {},
             id="tp2-packed",
-            marks=pytest.mark.slow,
         ),
         pytest.param(2, layout(), {}, {}, id="dp2", marks=pytest.mark.slow),  # as packed
         pytest.param(2, layout(), {"micro_batch_size": 1, "packing": True}, {}, id="dp2-packed"),
