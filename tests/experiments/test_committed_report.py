@@ -7,6 +7,7 @@ import pytest
 
 from megatron_fuse.cli import experiments
 from megatron_fuse.experiments import report
+from megatron_fuse.experiments.results import read_results
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ["map", "experiments", "source_sets", "merging", "search"]
@@ -32,3 +33,21 @@ def test_the_table_of_the_readme_is_that_of_the_report() -> None:
     cells = [cell.strip() for line in lines[1:] for cell in line.strip("|").split("|")[1:]]
     assert len(cells) == 15
     assert [cell for cell in cells if not re.search(rf"\| {re.escape(cell)}( ± \d+\.\d)? \|", typical)] == []
+
+
+def test_the_numbers_in_the_text_of_the_readme_are_those_of_the_results() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    found = re.search(
+        r"is (\d\.\d) points above fine-tuning, and (\d\.\d) above the same KL to the target", text
+    )
+    assert found
+
+    def percent(variant: str) -> float:
+        """Mean over the seeds of all six skills."""
+        rows = read_results(ROOT / "docs/results/map.csv")
+        values = [row.value for row in rows if (row.variant, row.metric) == (variant, "generation")]
+        assert len(values) == 5
+        return sum(values) / len(values)
+
+    above = [percent("wrong_50/category_2") - percent(f"wrong_50/{other}") for other in ("csft", "self_2")]
+    assert [f"{difference:.1f}" for difference in above] == list(found.groups())
