@@ -36,7 +36,8 @@ setup-tests: $(READY_FOR_TESTS)
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py
 
-# In three processes, a file in one of them. They often wait, so that two cores have room for a third. `make test PYTEST_ARGS='-n 0 -s'`: in one, which shows what tests print.
+# In three processes, a file in one of them: some tests wait for servers and time limits.
+# `make test PYTEST_ARGS='-n 0 -s'`: in one, which shows what tests print.
 test: $(READY_FOR_TESTS)
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 

@@ -10,10 +10,10 @@ instructions/examples.dropped.jsonl     {id, line, kind, reason}: examples that 
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -182,8 +182,8 @@ def _reward_model_formats(context: Context) -> list[ChatFormat]:
 def prepare_instructions(context: Context) -> Artifact | None:
     """Writes the instructions of a recipe. Rank 0 does all the work; on other ranks the result is None.
 
-    Raises UserError if the file cannot be read, if no row can be used, or if the validation split leaves no
-    examples for training.
+    Raises UserError if the file cannot be read, if no row can be used, if the validation split leaves no
+    examples for training, or if selection chooses by_category and no example has a category.
     """
     recipe, plan = context.recipe, context.plan(INSTRUCTIONS)
     artifact = completed(plan)
@@ -251,11 +251,11 @@ def _usable_rows(data: DataOptions) -> Rows:
 def _check_categories(recipe: Recipe, artifact: Artifact) -> None:
     """Checks what the rule by_category needs, before the sources answer for hours."""
     if "by_category" in recipe.rules_for_answers:
-        require_categories(recipe, load_examples(artifact))
+        require_categories(recipe, chain.from_iterable(example_shards(artifact)))
 
 
-def require_categories(recipe: Recipe, examples: Sequence[Example]) -> None:
-    """Raises UserError if no example has a category."""
+def require_categories(recipe: Recipe, examples: Iterable[Example]) -> None:
+    """Raises UserError if no example has a category. Reads examples up to the first one that has."""
     if all(example.category is None for example in examples):
         raise UserError(
             f"{recipe.data.path}: no example has a category, but selection chooses by_category: add "

@@ -129,7 +129,8 @@ def trained_at_layouts():
     The loss that is fused with the output layer is there at that layout.
     """
     for layout, name, fused_linear in itertools.product(LAYOUTS, TRAINED, (False, True)):
-        plain = (name in FIRST) + (layout == "tp2-pp2") + (not fused_linear) >= 2
+        first, splits_all = name in FIRST, layout == "tp2-pp2"
+        plain = first and splits_all if fused_linear else first or splits_all
         words = f"{layout}-{name}-{'fused linear' if fused_linear else 'logits'}"
         yield pytest.param(layout, name, fused_linear, marks=[] if plain else pytest.mark.slow, id=words)
 

@@ -63,9 +63,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.param(1, layout(), signal.SIGTERM, 0, True, id="alone"),
         pytest.param(2, layout(tp=2), signal.SIGTERM, 1, False, id="tp2"),
         pytest.param(2, layout(pp=2), signal.SIGUSR1, 0, True, id="pp2"),
-        pytest.param(
-            2, layout(), signal.SIGUSR1, 1, False, id="dp2", marks=pytest.mark.slow
-        ),  # as with Ctrl-C
+        # As with Ctrl-C, below
+        pytest.param(2, layout(), signal.SIGUSR1, 1, False, id="dp2", marks=pytest.mark.slow),
         pytest.param(1, layout(), signal.SIGINT, 0, True, id="ctrl-c alone"),
         pytest.param(2, layout(), signal.SIGINT, 1, False, id="ctrl-c dp2"),
     ],

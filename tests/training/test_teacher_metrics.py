@@ -91,13 +91,7 @@ def of_teachers(values: dict[str, float]) -> dict[str, float]:
         pytest.param(
             2, layout(tp=2), {}, {"implementation": "reference"}, id="tp2-reference", marks=pytest.mark.slow
         ),
-        pytest.param(
-            2,
-            layout(tp=2),
-            {"micro_batch_size": 1, "packing": True},
-            {},
-            id="tp2-packed",
-        ),
+        pytest.param(2, layout(tp=2), {"micro_batch_size": 1, "packing": True}, {}, id="tp2-packed"),
         pytest.param(2, layout(), {}, {}, id="dp2", marks=pytest.mark.slow),  # as packed
         pytest.param(2, layout(), {"micro_batch_size": 1, "packing": True}, {}, id="dp2-packed"),
         pytest.param(2, layout(pp=2), {}, {}, id="pp2", marks=pytest.mark.slow),  # as with virtual stages
