@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from log_lines import at_every_shard
-from small_captures import Models, build_world, changed, fresh_recipe, read, world_recipe
+from small_captures import Models, changed, fresh_recipe, read, world_recipe
 from small_models import small_recipe, write_rows
 from small_tokenizers import sentencepiece_model
 from transformers import (
@@ -82,11 +82,6 @@ def test_logits_at_is_the_model_itself() -> None:
             found = logits_at(model, tokens, torch.ones_like(tokens), positions)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
         assert found.shape == (5, 61), type(model)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Models]:
-    return build_world(tmp_path_factory.mktemp("capture"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 from local_server import Act, scripted
 from local_teacher import Lie, LocalTeacher
 from rank_pool import forked
-from small_captures import Models, build_world, changed, fresh_recipe, read
+from small_captures import Models, changed, fresh_recipe, read
 from small_models import save_model, small_recipe
 
 from megatron_fuse.capture import CAPTURES, CaptureShard, capture, require_backend
@@ -27,11 +27,6 @@ from megatron_fuse.stages import Context
 
 SOURCE = "beta"
 ROUNDING = 1e-4  # nats: fp32, other batches
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Models]:
-    return build_world(tmp_path_factory.mktemp("served"))
 
 
 @pytest.fixture
