@@ -161,7 +161,7 @@ def _rank_of_megatron(recipe: Recipe, ranks: int, rank: int, port: int) -> tuple
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from megatron_fuse.runtime import start_runtime
 
-    runtime = start_runtime(tensor_parallel_size=ranks)
+    runtime = start_runtime(tensor_model_parallel_size=ranks)
     from megatron_fuse.capture.megatron_ranks import SourceRanks
     from megatron_fuse.capture.megatron_reading import MegatronReader
 

@@ -49,7 +49,7 @@ class SourceRanks:
         }
         everyone = dist.new_group(timeout=_PATIENCE, backend="gloo")
         # In the order of the group, the tensor-parallel ranks of a stage follow one another.
-        leader = own[-runtime.tensor_parallel_size]
+        leader = own[-runtime.tensor_model_parallel_size]
         share = (runtime.data_parallel_rank, runtime.data_parallel_size)
         return cls(groups[tuple(own)], everyone, leader, share, runtime.device)
 

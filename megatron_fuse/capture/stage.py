@@ -236,9 +236,9 @@ def _capture_together(
     check_processes(recipe, source, rank_and_world()[1])
     layout = source_options(recipe, source).parallel
     runtime = start_runtime(
-        tensor_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_parallel_size=layout.pipeline_model_parallel_size,
-        expert_parallel_size=layout.expert_model_parallel_size,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_size,
     )
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.

@@ -94,14 +94,20 @@ def _write_results(experiment: "Experiment", path: Path, split: str) -> None:
     """Writes the results of all finished runs into the CSV, and the report of the CSV into the workdir."""
     with importing():
         from megatron_fuse.experiments.report import Reported, write_report
-        from megatron_fuse.experiments.results import collect_results, read_results, write_results
+        from megatron_fuse.experiments.results import (
+            collect_results,
+            earlier_results,
+            read_results,
+            write_results,
+        )
     collected = collect_results(experiment, split)
     if not collected and not experiment.results.exists():
         return
     if lost := write_results(experiment, collected, split):
+        some = f"{', '.join(lost[:5])} and {len(lost) - 5} more" if len(lost) > 6 else ", ".join(lost)
         say(
-            f"{experiment.results}: without the rows of {', '.join(lost)}, which are of another commit, "
-            "data, options or seed"
+            f"{experiment.results}: without the rows of {some}, which are of another commit, data, options "
+            f"or seed. These rows are in {earlier_results(experiment)}"
         )
     results = [result for result in read_results(experiment.results) if result.split == split]
     report = experiment.workdir / f"report-{split}.md"

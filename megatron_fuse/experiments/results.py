@@ -151,7 +151,8 @@ def write_results(experiment: Experiment, results: Sequence[Result], split: str)
 
     Returns the names of which old rows of the split were removed. Old rows stay if they have the same commit
     and data as the new ones and the options of today, and are of another split, or of names and seeds of the
-    experiment without new rows.
+    experiment without new rows. All others go to the end of earlier_results, except those that the same code
+    has measured again.
     """
     names = experiment.run_names
     new = {(row.variant, row.seed, row.split) for row in results}
@@ -170,19 +171,38 @@ def write_results(experiment: Experiment, results: Sequence[Result], split: str)
 
     if not results:
         return []
-    old = read_results(experiment.results) if experiment.results.exists() else []
-    old = [row for row in old if (row.variant, row.seed, row.split) not in new]
+    before = read_results(experiment.results) if experiment.results.exists() else []
+    old = [row for row in before if (row.variant, row.seed, row.split) not in new]
     rows = [*filter(stays, old), *results]
     rows.sort(key=lambda row: (row.split != experiment.split, row.split, names.index(row.variant), row.seed))
-    experiment.results.parent.mkdir(parents=True, exist_ok=True)
+    kept = {_measurement(row) for row in rows}
+    if removed := [row for row in before if _measurement(row) not in kept]:
+        path = earlier_results(experiment)
+        earlier = read_results(path) if path.exists() else []
+        _write_rows(path, list(dict.fromkeys(earlier + removed)))
+    _write_rows(experiment.results, rows)
+    return sorted({row.variant for row in old if not stays(row) and row.split == split})
+
+
+def earlier_results(experiment: Experiment) -> Path:
+    """The CSV of the rows that write_results has removed."""
+    return experiment.results.with_suffix(".earlier.csv")
+
+
+def _write_rows(path: Path, rows: Sequence[Result]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with (
-        temporary_then_rename(experiment.results) as temporary,
+        temporary_then_rename(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(map(asdict, rows))
-    return sorted({row.variant for row in old if not stays(row) and row.split == split})
+
+
+def _measurement(row: Result) -> tuple[str | int, ...]:
+    """What decides the row's value."""
+    return row.variant, row.seed, row.split, row.metric, row.commit, row.data, row.options
 
 
 def _data_key(row: Result) -> tuple[str | None, int]:

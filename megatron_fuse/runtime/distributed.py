@@ -25,10 +25,10 @@ class Runtime:
     rank: int
     world_size: int
     device: torch.device
-    tensor_parallel_size: int
-    pipeline_parallel_size: int
-    virtual_pipeline_parallel_size: int | None
-    expert_parallel_size: int
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    virtual_pipeline_model_parallel_size: int | None
+    expert_model_parallel_size: int
     data_parallel_size: int
     data_parallel_rank: int
     tensor_parallel_rank: int
@@ -56,10 +56,10 @@ def quiet_third_party_warnings() -> None:
 
 def start_runtime(
     *,
-    tensor_parallel_size: int = 1,
-    pipeline_parallel_size: int = 1,
-    virtual_pipeline_parallel_size: int | None = None,
-    expert_parallel_size: int = 1,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    expert_model_parallel_size: int = 1,
     expert_tensor_parallel_size: int | None = None,
     seed: int = 1234,
     deterministic: bool = False,
@@ -79,31 +79,31 @@ def start_runtime(
         from megatron.core import parallel_state
     _use_deterministic_algorithms(deterministic)
 
-    if virtual_pipeline_parallel_size == 1:  # Megatron would read 1 as an interleaved schedule
-        virtual_pipeline_parallel_size = None
+    if virtual_pipeline_model_parallel_size == 1:  # Megatron would read 1 as an interleaved schedule
+        virtual_pipeline_model_parallel_size = None
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    expert_size = expert_tensor_parallel_size or tensor_parallel_size
-    _refuse_uneven_layout(world_size, tensor_parallel_size, pipeline_parallel_size)
-    _refuse_uneven_experts(world_size, pipeline_parallel_size, expert_parallel_size, expert_size)
+    expert_size = expert_tensor_parallel_size or tensor_model_parallel_size
+    _refuse_uneven_layout(world_size, tensor_model_parallel_size, pipeline_model_parallel_size)
+    _refuse_uneven_experts(world_size, pipeline_model_parallel_size, expert_model_parallel_size, expert_size)
     device = torch.device("cpu") if on_cpu else _use_own_gpu()
     if not dist.is_initialized():
         _join_processes("gloo" if on_cpu else "nccl")
     _build_groups(
         seed,
-        tensor_model_parallel_size=tensor_parallel_size,
-        pipeline_model_parallel_size=pipeline_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_pipeline_parallel_size,
-        expert_model_parallel_size=expert_parallel_size,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
         expert_tensor_parallel_size=expert_size,
     )
     runtime = Runtime(
         rank=rank,
         world_size=world_size,
         device=device,
-        tensor_parallel_size=tensor_parallel_size,
-        pipeline_parallel_size=pipeline_parallel_size,
-        virtual_pipeline_parallel_size=virtual_pipeline_parallel_size,
-        expert_parallel_size=expert_parallel_size,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=expert_model_parallel_size,
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         tensor_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -125,14 +125,13 @@ def _build_groups(seed: int, **sizes: int | None) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _refuse_uneven_layout(world_size: int, tensor_parallel_size: int, pipeline_parallel_size: int) -> None:
-    model_parallel_size = tensor_parallel_size * pipeline_parallel_size
-    if world_size % model_parallel_size:
+def _refuse_uneven_layout(world_size: int, tensor: int, pipeline: int) -> None:
+    size = tensor * pipeline
+    if world_size % size:
         raise UserError(
-            f"--tensor-model-parallel-size {tensor_parallel_size} x --pipeline-model-parallel-size "
-            f"{pipeline_parallel_size} needs a multiple of {model_parallel_size} processes, but torchrun "
-            f"started {world_size}. Set --nproc-per-node (times the number of nodes) to a multiple of "
-            f"{model_parallel_size}."
+            f"--tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline} needs a "
+            f"multiple of {size} processes, but torchrun started {world_size}. Set --nproc-per-node (times "
+            f"the number of nodes) to a multiple of {size}."
         )
 
 
@@ -190,12 +189,12 @@ def banner(runtime: Runtime, what: Sequence[str] = ()) -> str:
     """A few lines about layout, device and job, with a clear notice if the machine has no GPU. what: the
     lines about the job."""
     lines = [
-        f"processes: {runtime.world_size} = TP {runtime.tensor_parallel_size} x PP "
-        f"{runtime.pipeline_parallel_size} x DP {runtime.data_parallel_size}"
-        + (f" (EP {runtime.expert_parallel_size})" if runtime.expert_parallel_size > 1 else "")
+        f"processes: {runtime.world_size} = TP {runtime.tensor_model_parallel_size} x PP "
+        f"{runtime.pipeline_model_parallel_size} x DP {runtime.data_parallel_size}"
+        + (f" (EP {runtime.expert_model_parallel_size})" if runtime.expert_model_parallel_size > 1 else "")
         + (
-            f" (virtual PP {runtime.virtual_pipeline_parallel_size})"
-            if runtime.virtual_pipeline_parallel_size
+            f" (virtual PP {runtime.virtual_pipeline_model_parallel_size})"
+            if runtime.virtual_pipeline_model_parallel_size
             else ""
         ),
         f"device: {_device_name(runtime.device)}   backend: {dist.get_backend()}",

@@ -92,7 +92,7 @@ def _layers(recipe: Recipe, architecture: Architecture, stage: int) -> int:
 
 def activation_elements(
     architecture: Architecture,
-    tensor_parallel_size: int,
+    tensor_model_parallel_size: int,
     *,
     sequence_parallel: bool = False,
     expert_tensor_parallel_size: int = 1,
@@ -110,7 +110,7 @@ def activation_elements(
     In a mixture the last group counts once for each expert of the token. Each of them also keeps its input
     and its output. Tokens are assumed to be spread evenly over the experts.
     """
-    a, tensor = architecture, tensor_parallel_size
+    a, tensor = architecture, tensor_model_parallel_size
     heads = a.head_dim * (a.num_attention_heads + a.num_query_groups)
     norms = 2 * (a.norms_before + a.norms_after)
     of_norms = 3 * norms * a.hidden_size / (tensor if sequence_parallel else 1)

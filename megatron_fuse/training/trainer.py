@@ -234,7 +234,9 @@ def plan_step(trainer: Trainer, examples: np.ndarray, weights: dict[str, tuple[f
         weights,
         micro_batch_size=options.micro_batch_size,
         data_parallel_size=runtime.data_parallel_size,
-        micro_batch_multiple=runtime.pipeline_parallel_size if runtime.virtual_pipeline_parallel_size else 1,
+        micro_batch_multiple=runtime.pipeline_model_parallel_size
+        if runtime.virtual_pipeline_model_parallel_size
+        else 1,
         pack_into=options.seq_length if options.packing else None,
     )
 

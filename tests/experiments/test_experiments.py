@@ -18,7 +18,13 @@ from megatron_fuse.experiments import runs as runs_module
 from megatron_fuse.experiments.experiment import Experiment
 from megatron_fuse.experiments.layers import laid_over, load_experiment, variant_recipe
 from megatron_fuse.experiments.report import Reported, write_report
-from megatron_fuse.experiments.results import collect_results, options_hash, read_results, write_results
+from megatron_fuse.experiments.results import (
+    collect_results,
+    earlier_results,
+    options_hash,
+    read_results,
+    write_results,
+)
 from megatron_fuse.experiments.runner import run_experiment
 from megatron_fuse.experiments.runs import Run
 from megatron_fuse.recipe import dump_recipe
@@ -262,6 +268,23 @@ def test_the_csv_keeps_what_was_run_elsewhere_by_the_same_code(experiment_file: 
     )
     assert write_results(experiment, found, "test") == ["csft"]
     assert read_results(experiment.results) == found + kept
+    assert read_results(earlier_results(experiment)) == lost
+
+
+def test_rows_of_another_version_are_set_aside_once(experiment_file: Path) -> None:
+    """Also those of runs that are measured again; what the same code measures again is not."""
+    experiment, *_ = run(experiment_file)
+    found = collect_results(experiment, "test")
+    before = [replace(row, commit="before") for row in found]
+    for rows in (before, found, [replace(row, date="2026-01-01") for row in found]):
+        write_results(experiment, rows, "test")
+    assert read_results(earlier_results(experiment)) == before
+    for rows in (before, found):
+        write_results(experiment, rows, "test")
+    assert read_results(experiment.results) == found
+    assert read_results(earlier_results(experiment)) == [
+        *before, *(replace(row, date="2026-01-01") for row in found)
+    ]  # fmt: skip
 
 
 def test_an_unfinished_run_of_other_code_or_options_is_refused(experiment_file: Path) -> None:

@@ -33,7 +33,9 @@ def start(layout, model_dir, **options):
 
     tensor, pipeline, virtual = layout
     start_runtime(
-        tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, virtual_pipeline_parallel_size=virtual
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual,
     )
     architecture = read_architecture(model_dir)
     config = transformer_config(

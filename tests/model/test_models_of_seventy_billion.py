@@ -215,7 +215,7 @@ def layer_output(directory: Path, ids: list[int]) -> np.ndarray | None:
 
     from megatron_fuse.runtime import start_runtime
 
-    runtime = start_runtime(tensor_parallel_size=2)
+    runtime = start_runtime(tensor_model_parallel_size=2)
     from megatron_fuse.capture.megatron_reading import build_source
     from megatron_fuse.model.conversion import load_hugging_face_weights
 

@@ -37,8 +37,8 @@ def measured_and_planned(
     from megatron_fuse.training.trainer import plan_step, train_step
 
     runtime = start_runtime(
-        tensor_parallel_size=parallel.get("tensor_model_parallel_size", 1),
-        pipeline_parallel_size=parallel.get("pipeline_model_parallel_size", 1),
+        tensor_model_parallel_size=parallel.get("tensor_model_parallel_size", 1),
+        pipeline_model_parallel_size=parallel.get("pipeline_model_parallel_size", 1),
     )
     of_others = live_bytes()  # Megatron's gradient buffers of an earlier test in this process stay
     positions = 256

@@ -21,13 +21,19 @@ def sizes_and_banner(sizes: dict[str, Any]) -> tuple[tuple[int, ...], str]:
     from megatron_fuse.runtime.distributed import banner
 
     runtime = start_runtime(**sizes)
-    found = (runtime.tensor_parallel_size, runtime.pipeline_parallel_size, runtime.data_parallel_size)
+    found = (
+        runtime.tensor_model_parallel_size,
+        runtime.pipeline_model_parallel_size,
+        runtime.data_parallel_size,
+    )
     return (*found, int(runtime.is_logging_rank)), banner(runtime)
 
 
 @pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 4), (2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1)])
 def test_one_rank_reports_at_every_layout(ranks, tp: int, pp: int, dp: int) -> None:  # type: ignore[no-untyped-def]
-    results = ranks(4, sizes_and_banner, {"tensor_parallel_size": tp, "pipeline_parallel_size": pp})
+    results = ranks(
+        4, sizes_and_banner, {"tensor_model_parallel_size": tp, "pipeline_model_parallel_size": pp}
+    )
     assert {found[:3] for found, _ in results} == {(tp, pp, dp)}
     assert sum(found[3] for found, _ in results) == 1
     assert "NO GPU" in results[0][1] or torch.cuda.is_available()
@@ -44,7 +50,7 @@ def refusal(sizes: dict[str, Any]) -> str:
 
 
 def test_a_layout_that_needs_other_processes_is_refused(ranks) -> None:  # type: ignore[no-untyped-def]
-    for message in ranks(3, refusal, {"tensor_parallel_size": 2}):
+    for message in ranks(3, refusal, {"tensor_model_parallel_size": 2}):
         assert "--tensor-model-parallel-size 2" in message and "torchrun started 3" in message
 
 

@@ -38,10 +38,10 @@ def make_tiny_trainer(workdir: Path, target: Path, sections: dict[str, Any]) -> 
     recipe = make_tiny_recipe(workdir, target, **sections)
     sizes = recipe.parallel
     runtime = start_runtime(
-        tensor_parallel_size=sizes.tensor_model_parallel_size,
-        pipeline_parallel_size=sizes.pipeline_model_parallel_size,
-        virtual_pipeline_parallel_size=sizes.virtual_pipeline_model_parallel_size,
-        expert_parallel_size=sizes.expert_model_parallel_size,
+        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=sizes.expert_model_parallel_size,
         expert_tensor_parallel_size=sizes.expert_tensor_parallel_size,
     )
     architecture = read_target(recipe)

@@ -55,10 +55,10 @@ def run_training(
     recipe = make_tiny_recipe(workdir, target, **sections)
     layout = recipe.parallel
     runtime = start_runtime(
-        tensor_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_parallel_size=layout.virtual_pipeline_model_parallel_size,
-        expert_parallel_size=layout.expert_model_parallel_size,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
     )
     architecture = read_target(recipe)

@@ -99,8 +99,8 @@ def run_part(rank: int, recipe: Recipe, part: int, victim: int, kill_at: int, de
 
     sizes = recipe.parallel
     runtime = start_runtime(
-        tensor_parallel_size=sizes.tensor_model_parallel_size,
-        pipeline_parallel_size=sizes.pipeline_model_parallel_size,
+        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
+        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
     )
     architecture, dataset = read_target(recipe), ReadDataset()
     trainer = make_trainer(recipe, runtime, architecture, build_target(recipe, architecture), dataset)

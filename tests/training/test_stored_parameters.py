@@ -41,7 +41,11 @@ def save_as_megatron_lm(
     from megatron_fuse.model.gpt import build_model
     from megatron_fuse.runtime import start_runtime
 
-    start_runtime(tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, expert_parallel_size=experts)
+    start_runtime(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        expert_model_parallel_size=experts,
+    )
     architecture = read_architecture(model_dir)
     layout = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
     layout |= {"expert_model_parallel_size": experts}
