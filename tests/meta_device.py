@@ -54,12 +54,6 @@ def meta_in_place_of_cuda() -> Iterator[None]:
 
     from megatron_fuse.runtime import cpu
 
-    class CudaMeansMeta(cpu._CudaMeansCpu):
-        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-                return f"torch.cuda.{_TYPES[args[0].dtype]}"
-            return super().__torch_function__(func, types, args, kwargs)
-
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(cpu, "CPU", META))  # what "cuda" means
         for name in _COLLECTIVES:
@@ -67,8 +61,17 @@ def meta_in_place_of_cuda() -> Iterator[None]:
         for alias, name in _ALIASES.items():
             stack.enter_context(patch.object(param_and_grad_buffer, alias, getattr(dist, name)))
         stack.enter_context(patch.object(param_and_grad_buffer, "_coalescing_manager", _coalescing))
-        stack.enter_context(CudaMeansMeta())
+        stack.enter_context(patch.object(torch.Tensor, "type", _type_of(torch.Tensor.type)))
         yield
+
+
+def _type_of(type_of):  # type: ignore[no-untyped-def]
+    """Tensor.type, which gives a tensor without values the name that one on a GPU has."""
+
+    def named(tensor, *arguments):  # type: ignore[no-untyped-def]
+        return type_of(tensor, *arguments) if arguments else f"torch.cuda.{_TYPES[tensor.dtype]}"
+
+    return named
 
 
 _TYPES = {torch.float32: "FloatTensor", torch.bfloat16: "BFloat16Tensor"}

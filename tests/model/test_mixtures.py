@@ -58,7 +58,7 @@ def train_once(sizes, model_dir):
     from megatron_fuse.model.gpt import FusionLossOptions, FusionTargets, build_model_chunks
     from megatron_fuse.runtime import start_runtime
 
-    start_runtime(**{key.replace("_model_parallel", "_parallel"): size for key, size in sizes.items()})
+    start_runtime(**sizes)
     architecture = read_architecture(model_dir)
     config = transformer_config(architecture, **sizes)
     assert config.sequence_parallel == (sizes.get("tensor_model_parallel_size", 1) > 1)
