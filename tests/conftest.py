@@ -11,7 +11,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from rank_pool import WITHOUT_GPU, RankPool, forked
+from rank_pool import COLLECTED, WITHOUT_GPU, RankPool, forked
 
 from megatron_fuse.recipe import Recipe
 
@@ -48,7 +48,7 @@ def place_of(argument: str) -> Path:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """Imports make millions of objects that stay.
+    """Imports make millions of objects that stay, and tests import more.
 
     The collector would look through them again and again, a second each time.
     """
@@ -57,6 +57,7 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(*COLLECTED)
         gc.enable()
 
 

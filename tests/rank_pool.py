@@ -19,6 +19,8 @@ import pytest
 import torch.multiprocessing  # noqa: F401  (for tensors between processes)
 
 MOST_RANKS = 4
+# New objects between two garbage collections; collections of a generation between two of the next.
+COLLECTED = (20_000, 20, 50)
 # What a rank imports, for ten seconds of its processor's time.
 LIBRARIES = [
     "megatron_fuse.training.trainer",
@@ -65,6 +67,7 @@ def _serve(tasks: Any, results: Any) -> None:
 
     # Else Megatron, which collects garbage at every save, looks through all imported modules each time.
     gc.freeze()
+    gc.set_threshold(*COLLECTED)
     torch.set_num_threads(1)
     while (task := _next_task(tasks)) is not None:
         rank, world_size, port, function, arguments = task

@@ -40,9 +40,13 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def implementations(even: bool, dtype: torch.dtype) -> list[str]:
-    """Those that take such shards: the reference only even ones, the Triton kernels no fp64."""
-    return ["torch", *["reference"] * even, *["triton"] * (dtype != torch.float64)]
+def implementations(size: int, even: bool, tail: str, dtype: torch.dtype) -> list[str]:
+    """Those that take such shards: the reference only even ones, the Triton kernels no fp64.
+
+    Interpreted kernels are slow. The plain run, over two shards, has them in bf16 with one tail.
+    """
+    triton = dtype == torch.float32 or (dtype == torch.bfloat16 and (size == 4 or tail == "bucket"))
+    return ["torch", *["reference"] * even, *["triton"] * triton]
 
 
 def compare_with_whole(seed: int) -> dict[str, str]:
@@ -68,7 +72,7 @@ def compare_with_whole(seed: int) -> dict[str, str]:
                 shard = slice(start, start + widths[rank])
                 expected = exact(case, **options)
                 expected = (*expected[:3], expected[3][:, shard], *expected[4:])
-                for implementation in implementations(even, dtype):
+                for implementation in implementations(size, even, tail, dtype):
                     key = f"{name} {tail} {dtype} {softcap} {implementation}"
                     place = {"vocab_start": start, "group": group}
                     try:
@@ -107,7 +111,7 @@ def test_shards_equal_the_whole(results, tail):
     size, seed, found = results
     layouts = [name for name, (_, widths) in LAYOUTS.items() if len(widths) == size]
     cases = sum(
-        len(SOFTCAPS[tail]) * len(implementations(len(set(LAYOUTS[name][1])) == 1, dtype))
+        len(SOFTCAPS[tail]) * len(implementations(size, len(set(LAYOUTS[name][1])) == 1, tail, dtype))
         for name in layouts
         for dtype in DTYPES
     )

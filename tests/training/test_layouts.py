@@ -190,17 +190,25 @@ def family_alone(ranks, tmp_path_factory: pytest.TempPathFactory) -> Any:  # typ
     """By family: its target, and the run of one process."""
 
     @functools.cache
-    def run(family: str) -> tuple[Path, dict[str, Any]]:
+    def run(family: str, iterations: int) -> tuple[Path, dict[str, Any]]:
         target = make_tiny_target(tmp_path_factory.mktemp(family), layers=4, family=family)
         workdir = tmp_path_factory.mktemp(f"{family}-alone")
-        return target, one_report(ranks(1, run_training, workdir, target, {"training": WHOLE_RUN}))
+        return target, one_report(ranks(1, run_training, workdir, target, {"training": until(iterations)}))
 
     return run
 
 
-# All steps of both phases. The learning rate is small, because Adam's division by small second moments lets
-# the rounding of another order of sums grow with every step.
-WHOLE_RUN = {"train_iters": 20, "global_batch_size": 8, "micro_batch_size": 4, "lr": 1e-4}
+def until(iterations: int) -> dict[str, Any]:
+    """The learning rate is small, because Adam's division by small second moments lets the rounding of
+    another order of sums grow with every step.
+    """
+    return {"train_iters": iterations, "global_batch_size": 8, "micro_batch_size": 4, "lr": 1e-4}
+
+
+@pytest.fixture
+def iterations(request: pytest.FixtureRequest) -> int:
+    """All steps of both phases in a slow test, otherwise the first phase and two steps of the second."""
+    return 20 if request.node.get_closest_marker("slow") else 9
 
 
 def families_at_layouts() -> Iterator[Any]:
@@ -221,12 +229,12 @@ def families_at_layouts() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("family", "world_size", "parallel"), families_at_layouts())
 def test_every_family_trains_alike_at_every_layout(  # type: ignore[no-untyped-def]
-    ranks, family_alone, tmp_path, family, world_size, parallel
+    ranks, family_alone, tmp_path, family, world_size, parallel, iterations
 ) -> None:
-    target, alone = family_alone(family)
-    sections = {"parallel": parallel, "training": WHOLE_RUN}
+    target, alone = family_alone(family, iterations)
+    sections = {"parallel": parallel, "training": until(iterations)}
     found = one_report(ranks(world_size, run_training, tmp_path, target, sections))
-    assert len(found["steps"]) == WHOLE_RUN["train_iters"]
+    assert len(found["steps"]) == iterations
     assert_same(found, alone, relative=1e-5)
 
 
@@ -234,13 +242,15 @@ def test_every_family_trains_alike_at_every_layout(  # type: ignore[no-untyped-d
 @pytest.mark.parametrize(
     "family", ["olmo2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "qwen3", "phi3"))]
 )
-def test_a_family_continues_at_another_layout(ranks, family_alone, tmp_path, family) -> None:  # type: ignore[no-untyped-def]
-    target, alone = family_alone(family)
-    first = {"parallel": layout(tp=2), "training": WHOLE_RUN | {"train_iters": 17}}
+def test_a_family_continues_at_another_layout(  # type: ignore[no-untyped-def]
+    ranks, family_alone, tmp_path, family, iterations
+) -> None:
+    target, alone = family_alone(family, iterations)
+    first = {"parallel": layout(tp=2), "training": until(iterations - 3)}
     ranks(2, run_training, tmp_path, target, first)
-    second = {"parallel": layout(pp=2), "training": WHOLE_RUN}
+    second = {"parallel": layout(pp=2), "training": until(iterations)}
     rest = one_report(ranks(2, run_training, tmp_path, target, second))
-    expected = {"steps": alone["steps"][17:], "validation": alone["validation"][-len(rest["validation"]) :]}
+    expected = {"steps": alone["steps"][-3:], "validation": alone["validation"][-len(rest["validation"]) :]}
     assert_same(rest, expected, relative=1e-5)
 
 
@@ -289,13 +299,13 @@ def experts(ranks: int = 1, **options: Any) -> dict[str, Any]:
     ],
 )
 def test_a_mixture_trains_alike_at_every_layout(  # type: ignore[no-untyped-def]
-    ranks, family_alone, tmp_path, family, world_size, parallel
+    ranks, family_alone, tmp_path, family, world_size, parallel, iterations
 ) -> None:
-    target, alone = family_alone(family)
+    target, alone = family_alone(family, iterations)
     compared = {"check_weight_hash_across_dp_replicas_interval": 7}
-    sections = {"parallel": parallel, "training": WHOLE_RUN | compared}
+    sections = {"parallel": parallel, "training": until(iterations) | compared}
     found = one_report(ranks(world_size, run_training, tmp_path, target, sections))
-    assert len(found["steps"]) == WHOLE_RUN["train_iters"]
+    assert len(found["steps"]) == iterations
     assert_same(found, alone, relative=1e-5)
 
 
@@ -303,19 +313,22 @@ def test_a_mixture_trains_alike_at_every_layout(  # type: ignore[no-untyped-def]
     "distributed",
     [pytest.param(False, id="whole optimizer", marks=pytest.mark.slow), pytest.param(True, id="distributed")],
 )
-def test_a_mixture_continues_at_another_layout(ranks, family_alone, tmp_path, distributed) -> None:  # type: ignore[no-untyped-def]
+def test_a_mixture_continues_at_another_layout(  # type: ignore[no-untyped-def]
+    ranks, family_alone, tmp_path, distributed, iterations
+) -> None:
     """Experts over ranks, then over tensor ranks, then on a single one."""
-    target, alone = family_alone("qwen3_moe")
+    target, alone = family_alone("qwen3_moe", iterations)
     options = {"use_distributed_optimizer": distributed}
     folded = experts(2, tensor_model_parallel_size=2, expert_tensor_parallel_size=1)
     layouts = [(4, experts(4)), (2, folded), (1, experts())]
-    for (world_size, parallel), last in zip(layouts, (6, 12, 20), strict=True):
-        sections = {"parallel": parallel | options, "training": WHOLE_RUN | {"train_iters": last}}
+    ends = (iterations // 3, iterations // 2, iterations)
+    for (world_size, parallel), last in zip(layouts, ends, strict=True):
+        sections = {"parallel": parallel | options, "training": until(last)}
         report = one_report(ranks(world_size, run_training, tmp_path, target, sections))
         own = len(report["steps"])
         steps = {"steps": alone["steps"][last - own : last], "validation": report["validation"]}
         assert_same(report, steps, relative=1e-5)
-    assert own == 8
+    assert own == iterations - ends[1]
 
 
 def run_with_a_bucket_per_weight(
