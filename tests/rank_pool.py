@@ -9,6 +9,7 @@ import multiprocessing.forkserver
 import os
 import queue
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -115,15 +116,18 @@ class RankPool:
         for rank in range(world_size):
             self.tasks[rank].put((rank, world_size, port, function, arguments))
         answers: dict[int, Any] = {}
+        end = time.monotonic() + timeout
         while len(answers) < world_size:
             try:
-                rank, value, error = self.results.get(timeout=timeout)
+                rank, value, error = self.results.get(timeout=5)
             except queue.Empty:
+                dead = [rank for rank, worker in enumerate(self.workers) if not worker.is_alive()]
+                if not dead and time.monotonic() < end:
+                    continue
                 self.close()
-                pytest.exit(
-                    f"ranks {set(range(world_size)) - set(answers)} gave no answer in {timeout} s",
-                    returncode=3,
-                )
+                missing = set(range(world_size)) - set(answers)
+                reason = f"ranks {dead} ended" if dead else f"gave no answer in {timeout} s"
+                pytest.exit(f"ranks {missing}: {reason}", returncode=3)
             if error:
                 # The other ranks hang in their collectives: only a new pool is clean.
                 self.close()

@@ -1,6 +1,8 @@
 """An HTTP client for untrusted servers: an exchange is bounded in time and bytes, and is never redirected."""
 
 import asyncio
+import functools
+import ssl
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -29,6 +31,12 @@ class _BoundedStream(httpx2.AsyncByteStream):
         await self._stream.aclose()
 
 
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """The certificate authorities that this machine trusts. To read them takes longer than many requests."""
+    return httpx2.create_ssl_context()
+
+
 class BoundedClient(httpx2.AsyncClient):
     """Ends an exchange, with its body, after the read time-out of its request, even if bytes still arrive.
 
@@ -40,7 +48,8 @@ class BoundedClient(httpx2.AsyncClient):
     def __init__(self, most_bytes: int | None = None, **options: Any) -> None:
         """most_bytes: of a body; default: MOST_BYTES."""
         self._most_bytes = MOST_BYTES if most_bytes is None else most_bytes
-        super().__init__(follow_redirects=False, limits=httpx2.Limits(max_connections=None), **options)
+        limits = httpx2.Limits(max_connections=None)
+        super().__init__(verify=_certificates(), follow_redirects=False, limits=limits, **options)
 
     async def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
         seconds = request.extensions["timeout"]["read"]

@@ -5,8 +5,9 @@ without a GPU.
 import json
 import os
 import runpy
-import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -172,22 +173,24 @@ def test_bad_usage_is_refused(
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_all_checks_run_without_a_gpu(tmp_path: Path) -> None:
+def exit_code_of_command(output: Path, *options: str) -> int:
+    """The command in this process, for the fixture `apart`. What it prints goes to a file."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.argv = [str(COMMAND), *options]
+    with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        try:
+            runpy.run_path(str(COMMAND), run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0)
+    return 0
+
+
+def test_all_checks_run_without_a_gpu(apart: Callable[..., int], tmp_path: Path) -> None:
     """At tiny sizes. Where a GPU is needed they say so, and nothing fails."""
-    command = [
-        sys.executable,
-        str(COMMAND),
-        "--device",
-        "cpu",
-        "--minutes",
-        "30",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    output = tmp_path / "output.txt"
+    options = ["--device", "cpu", "--minutes", "30", "--out", str(tmp_path / "out")]
+    code = apart(exit_code_of_command, output, *options)
+    assert code == 0, output.read_text()[-8000:]
     rows = lines(tmp_path / "out")
     assert list(dict.fromkeys(row["check"] for row in rows)) == [check.name for check in gpu_checks.CHECKS]
     measured = {row["check"] for row in rows if row["value"] is not None}
