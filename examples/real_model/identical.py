@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_fuse.capture.distributions import SparseRows, sparse_rows
 from megatron_fuse.errors import exit_code
+from megatron_fuse.experiments.runs import code_version
 
 TEMPERATURES = ((1.0, 1.0), (2.0, 2.0), (2.0, 1.0))  # teacher, student
 STORED = ((10, 0.95), (50, 0.95), (10, 1.0), (50, 1.0))  # top_k, top_p
@@ -38,7 +39,11 @@ def main() -> None:
     options = parser.parse_args()
     model = options.build / "models" / "base"
     rows = measure(model, options.build / "held_out.jsonl")
-    where = {"machine": f"{platform.machine()}, CPU", "date": date.today().isoformat()}
+    where = {
+        "commit": code_version(),
+        "machine": f"{platform.machine()}, CPU",
+        "date": date.today().isoformat(),
+    }
     with options.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
         writer.writeheader()

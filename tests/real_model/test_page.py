@@ -40,7 +40,7 @@ def test_the_table_of_identical_students_is_that_of_the_file() -> None:
     assert sorted(table_under("A student that is its own teacher")) == sorted(expected)
 
 
-def test_the_table_of_trainings_is_the_report_of_the_file(
+def test_the_tables_of_trainings_are_the_report_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
@@ -49,12 +49,16 @@ def test_the_table_of_trainings_is_the_report_of_the_file(
     experiment = experiment.model_copy(update={"results": tmp_path / "real_model.csv"})  # where pictures go
     report = tmp_path / "report.md"
     write_report([Reported(experiment, results, "command")], report)
-    rows, reported = table_under("Trainings"), report.read_text(encoding="utf-8").splitlines()
-    assert len(rows) >= 4 and not [row for row in rows if row not in reported]
+    reported = report.read_text(encoding="utf-8").splitlines()
+    for heading, name in (("Trainings", "loss"), ("Other forms of the loss", "forms")):
+        rows = table_under(heading)
+        assert len(rows) == len(experiment.tables[name].rows)
+        assert not [row for row in rows if row not in reported]
 
 
 def test_the_numbers_of_the_summary_are_in_the_tables() -> None:
     summary = PAGE.read_text(encoding="utf-8").partition("\n## ")[0]
-    cells = " ".join(table_under("A student that is its own teacher") + table_under("Trainings"))
+    headings = ("A student that is its own teacher", "Trainings", "Other forms of the loss")
+    cells = " ".join(cell for heading in headings for cell in table_under(heading))
     numbers = re.findall(r"\d+ %|\d+\.\d", summary)
     assert len(numbers) >= 7 and not [number for number in numbers if number not in cells]
