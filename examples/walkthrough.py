@@ -5,7 +5,7 @@ bottom.
 
 It makes two models, the sources alpha and beta, and teaches each of them one answer. The target begins as a
 copy of alpha. One training step then fuses both into it: capture, align and project, choose, loss. The
-pipeline calls the same functions.
+pipeline calls the same functions of megatron_fuse and fuse_kernels.
 """
 
 import copy

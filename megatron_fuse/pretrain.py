@@ -42,7 +42,8 @@ def main() -> None:
     # After --help and --print-recipe, which need none of it (megatron_fuse/cli/__init__.py).
     with importing():
         from torch.distributed.elastic.multiprocessing.errors import record
-    # torchrun then shows the traceback of the rank that failed first, not the ones of those that lost it
+    # torchrun then shows the traceback of the rank that failed first, and not those of the ranks that waited
+    # for it.
     record(pretrain)(recipe, dry_run=arguments.dry_run)
 
 

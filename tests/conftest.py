@@ -50,7 +50,7 @@ def place_of(argument: str) -> Path:
 def pytest_collection() -> Generator[None, object, object]:
     """Imports make millions of objects that stay, and tests import more.
 
-    The collector would look through them again and again, a second each time.
+    The collector would scan them at every full collection, for a second each time.
     """
     gc.disable()
     try:

@@ -68,10 +68,12 @@ def meta_in_place_of_cuda() -> Iterator[None]:
 def _type_of(type_of):  # type: ignore[no-untyped-def]
     """Tensor.type, which gives a tensor without values the name that one on a GPU has."""
 
-    def named(tensor, *arguments):  # type: ignore[no-untyped-def]
-        return type_of(tensor, *arguments) if arguments else f"torch.cuda.{_TYPES[tensor.dtype]}"
+    def call(tensor, *arguments, **named):  # type: ignore[no-untyped-def]
+        if arguments or named:
+            return type_of(tensor, *arguments, **named)
+        return f"torch.cuda.{_TYPES[tensor.dtype]}"
 
-    return named
+    return call
 
 
 _TYPES = {torch.float32: "FloatTensor", torch.bfloat16: "BFloat16Tensor"}

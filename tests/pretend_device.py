@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 _NAME = "pretend"
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
+# As a mode sees them, also where Megatron's process has others in their place (runtime/cpu.py).
+_FROM_DATA = tuple(getattr(function, "__wrapped__", function) for function in (torch.tensor, torch.as_tensor))
 # What may have tensors of both devices: copies, and indexing by index tensors of the CPU.
 _BETWEEN_DEVICES = {
     _aten.copy_,
@@ -82,7 +84,7 @@ class _TensorsFromData(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and isinstance(args[1], list):
             args = (args[0], torch.tensor(args[1], dtype=None if args[1] else torch.long), *args[2:])
-        device = kwargs.pop("device", None) if func in (torch.tensor, torch.as_tensor) else None
+        device = kwargs.pop("device", None) if func in _FROM_DATA else None
         found = func(*args, **kwargs)
         return found if device is None else found.to(device)
 

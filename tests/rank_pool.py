@@ -21,7 +21,7 @@ import torch.multiprocessing  # noqa: F401  (for tensors between processes)
 
 MOST_RANKS = 4
 # New objects between two garbage collections; collections of a generation between two of the next.
-COLLECTED = (20_000, 20, 50)
+COLLECTED = (20_000, 20, 10)
 # What a rank imports, for ten seconds of its processor's time.
 LIBRARIES = [
     "megatron_fuse.training.trainer",
@@ -121,20 +121,25 @@ class RankPool:
             try:
                 rank, value, error = self.results.get(timeout=5)
             except queue.Empty:
-                dead = [rank for rank, worker in enumerate(self.workers) if not worker.is_alive()]
-                if not dead and time.monotonic() < end:
+                ended = {rank: worker.exitcode for rank, worker in enumerate(self.workers)}
+                ended = {rank: code for rank, code in ended.items() if code is not None}
+                if not ended and time.monotonic() < end:
                     continue
-                self.close()
+                self._begin_again()
+                if ended:
+                    pytest.fail(f"ranks ended, with these exit codes: {ended}", pytrace=False)
                 missing = set(range(world_size)) - set(answers)
-                reason = f"ranks {dead} ended" if dead else f"gave no answer in {timeout} s"
-                pytest.exit(f"ranks {missing}: {reason}", returncode=3)
+                pytest.fail(f"ranks {missing} gave no answer in {timeout} s", pytrace=False)
             if error:
-                # The other ranks hang in their collectives: only a new pool is clean.
-                self.close()
-                self.__init__()  # type: ignore[misc]
+                self._begin_again()
                 pytest.fail(f"rank {rank} of {world_size}:\n{error}", pytrace=False)
             answers[rank] = value
         return [answers[rank] for rank in range(world_size)]
+
+    def _begin_again(self) -> None:
+        """The other ranks may hang in their collectives: only a new pool is clean."""
+        self.close()
+        self.__init__()  # type: ignore[misc]
 
     def close(self) -> None:
         # Told to end, a worker takes the process along that collects the results of Megatron's checkpoint

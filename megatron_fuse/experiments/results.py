@@ -11,6 +11,7 @@ different commits or data.
 """
 
 import csv
+import io
 import os
 import platform
 from collections.abc import Sequence
@@ -177,10 +178,10 @@ def write_results(experiment: Experiment, results: Sequence[Result], split: str)
     rows.sort(key=lambda row: (row.split != experiment.split, row.split, names.index(row.variant), row.seed))
     kept = {_measurement(row) for row in rows}
     if removed := [row for row in before if _measurement(row) not in kept]:
-        path = earlier_results(experiment)
-        earlier = read_results(path) if path.exists() else []
-        _write_rows(path, list(dict.fromkeys(earlier + removed)))
-    _write_rows(experiment.results, rows)
+        _set_aside(earlier_results(experiment), removed)
+    experiment.results.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_then_rename(experiment.results) as temporary:
+        temporary.write_text(_csv_text(rows), encoding="utf-8")
     return sorted({row.variant for row in old if not stays(row) and row.split == split})
 
 
@@ -189,15 +190,22 @@ def earlier_results(experiment: Experiment) -> Path:
     return experiment.results.with_suffix(".earlier.csv")
 
 
-def _write_rows(path: Path, rows: Sequence[Result]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        temporary_then_rename(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(map(asdict, rows))
+def _set_aside(path: Path, rows: Sequence[Result]) -> None:
+    """Puts rows at the end of a file, except those that it has. It is not parsed: whatever is in it stays."""
+    header, *lines = _csv_text(rows).splitlines(keepends=True)
+    before = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else header
+    there = set(before.splitlines(keepends=True))
+    with temporary_then_rename(path) as temporary:
+        text = before + "".join(line for line in lines if line not in there)
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def _csv_text(rows: Sequence[Result]) -> str:
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, [field.name for field in fields(Result)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(asdict, rows))
+    return file.getvalue()
 
 
 def _measurement(row: Result) -> tuple[str | int, ...]:

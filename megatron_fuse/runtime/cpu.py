@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit._builtins import _find_builtin, _register_builtin
+from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -37,9 +39,10 @@ def _names_cuda(device: object) -> bool:
 
 # Functions that make a tensor on the device that their keyword `device` names.
 _FACTORIES = (
-    *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like", "linspace"),
-    *("logspace", "ones", "ones_like", "rand", "rand_like", "randint", "randint_like", "randn", "randn_like"),
-    *("randperm", "tensor", "tril_indices", "triu_indices", "zeros", "zeros_like"),
+    *("arange", "as_tensor", "asarray", "empty", "empty_like", "empty_permuted", "empty_strided", "eye"),
+    *("full", "full_like", "linspace", "logspace", "normal", "ones", "ones_like", "rand", "rand_like"),
+    *("randint", "randint_like", "randn", "randn_like", "randperm", "scalar_tensor", "tensor"),
+    *("tril_indices", "triu_indices", "zeros", "zeros_like"),
 )
 _FACTORIES_OF_TENSORS = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 
@@ -75,21 +78,30 @@ def _with_cuda_type(type_of: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(type_of)
     def call(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
         found = type_of(tensor, *arguments, **named)
-        return found if arguments or named else found.replace("torch.", "torch.cuda.", 1)
+        if arguments or named or found.startswith("torch.cuda."):  # torch calls it twice within a mode
+            return found
+        return found.replace("torch.", "torch.cuda.", 1)
 
     return call
 
 
-def _let_cuda_be_the_cpu() -> None:
+def _redirect_cuda_to_cpu() -> None:
     """Replaces the functions of torch to which Megatron gives a CUDA device.
 
-    A torch function mode would do the same in fewer lines. But it is called for every function of torch. That
-    is a fifth of the time of a small model's training.
+    A torch function mode would redirect all functions in fewer lines. But it is called for every function of
+    torch. That is a fifth of the time of a small model's training.
     """
+    # `with torch.device(...)` compares with this list, which torch makes at its first use and then keeps. It
+    # must have torch's own functions, as the functions below call them.
+    _device_constructors()
     tensor: Any = torch.Tensor
     for owner, names in ((torch, _FACTORIES), (tensor, _FACTORIES_OF_TENSORS)):
         for name in names:
-            setattr(owner, name, _on_cpu(getattr(owner, name)))
+            function = getattr(owner, name)
+            redirected = _on_cpu(function)
+            setattr(owner, name, redirected)
+            if operator := _find_builtin(function):  # for torch.jit.script
+                _register_builtin(redirected, operator)
     tensor.to = _on_cpu(_moving_to_cpu(tensor.to))
     tensor.type = _with_cuda_type(tensor.type)
     tensor.cuda = lambda self, *_, **__: self
@@ -167,7 +179,7 @@ def enable_cpu_megatron() -> bool:
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    _let_cuda_be_the_cpu()
+    _redirect_cuda_to_cpu()
 
     import megatron.core.optimizer.optimizer as megatron_optimizer
     import megatron.core.tensor_parallel.mappings as megatron_mappings

@@ -221,3 +221,20 @@ def stop_runtime() -> None:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    _release_groups()
+
+
+def _release_groups() -> None:
+    """Removes Megatron's last references to destroyed process groups.
+
+    Each group of gloo has a thread that wakes up a hundred times a second for as long as the group exists.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+    # destroy_model_parallel leaves these two out.
+    for suffix in ("", "_GLOO"):
+        setattr(parallel_state, f"_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP{suffix}", None)
+    for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+        embedding.forward.cache_clear()  # a cache of the method keeps the last 32 modules, with their groups

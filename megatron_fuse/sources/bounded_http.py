@@ -33,7 +33,7 @@ class _BoundedStream(httpx2.AsyncByteStream):
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """The certificate authorities that this machine trusts. To read them takes longer than many requests."""
+    """The certificate authorities that this machine trusts. Reading them is slow, so they are read once."""
     return httpx2.create_ssl_context()
 
 
@@ -48,8 +48,8 @@ class BoundedClient(httpx2.AsyncClient):
     def __init__(self, most_bytes: int | None = None, **options: Any) -> None:
         """most_bytes: of a body; default: MOST_BYTES."""
         self._most_bytes = MOST_BYTES if most_bytes is None else most_bytes
-        limits = httpx2.Limits(max_connections=None)
-        super().__init__(verify=_certificates(), follow_redirects=False, limits=limits, **options)
+        options.setdefault("verify", _certificates())
+        super().__init__(follow_redirects=False, limits=httpx2.Limits(max_connections=None), **options)
 
     async def send(self, request: httpx2.Request, *, stream: bool = False, **options: Any) -> httpx2.Response:
         seconds = request.extensions["timeout"]["read"]

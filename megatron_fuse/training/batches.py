@@ -1,9 +1,10 @@
 """From a step's examples to the micro-batches of one data-parallel rank.
 
-Modes, phases, lambdas, margins, padding and prompts become weights per token here. No later code needs to
-know of them. The denominator N of a mode is the number of its supervised tokens in the whole global batch. It
-is known from the index before any document is read. So the loss is the same for every split over
-micro-batches and ranks, and with or without packing.
+Modes, phases, lambdas, margins, padding and prompts become weights per token here. Later code knows the mode
+and the source of a document for its report alone. The denominator N of a mode is the number of its supervised
+tokens in the whole global batch, each with the weight of its example in the inference mode. It is known from
+the index before any document is read. So the loss is the same for every split over micro-batches and ranks,
+and with or without packing.
 
 An example that a source wins by a small margin counts less (FusionDataset.example_weights). In the inference
 mode the weight applies to the whole document: to its cross-entropy, to its KL, and to its share of N. In the

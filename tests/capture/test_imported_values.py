@@ -1,4 +1,4 @@
-"""Numbers in a file of captures that cannot be are refused by line, id and place."""
+"""Invalid numbers in a file of captures are refused. The message has line, id and place."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A capture in Megatron that cannot be names the source and the fix, and one rank's error ends all."""
+"""Errors of a capture in Megatron name the source and the fix. The error of one rank ends all ranks."""
 
 import json
 import os

@@ -272,7 +272,7 @@ def test_the_csv_keeps_what_was_run_elsewhere_by_the_same_code(experiment_file: 
 
 
 def test_rows_of_another_version_are_set_aside_once(experiment_file: Path) -> None:
-    """Also those of runs that are measured again; what the same code measures again is not."""
+    """Also those of runs that are measured again. Rows that the same code measures again are dropped."""
     experiment, *_ = run(experiment_file)
     found = collect_results(experiment, "test")
     before = [replace(row, commit="before") for row in found]

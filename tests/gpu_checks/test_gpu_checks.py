@@ -5,12 +5,14 @@ without a GPU.
 import json
 import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_fuse import gpu_checks
 from megatron_fuse.errors import UserError
@@ -175,7 +177,7 @@ def test_bad_usage_is_refused(
 
 def exit_code_of_command(output: Path, *options: str) -> int:
     """The command in this process, for the fixture `apart`. What it prints goes to a file."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     sys.argv = [str(COMMAND), *options]
     with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
         try:
@@ -183,6 +185,24 @@ def exit_code_of_command(output: Path, *options: str) -> int:
         except SystemExit as ended:
             return int(ended.code or 0)
     return 0
+
+
+@pytest.mark.slow
+def test_the_command_ends_well_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """As a user starts it."""
+    command = [
+        sys.executable,
+        str(COMMAND),
+        "--device",
+        "cpu",
+        "--minutes",
+        "30",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0 and "written to" in done.stdout, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 def test_all_checks_run_without_a_gpu(apart: Callable[..., int], tmp_path: Path) -> None:

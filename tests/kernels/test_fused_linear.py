@@ -62,7 +62,8 @@ def assert_near(actual, expected, dtype: torch.dtype, largest: float = 0.0) -> N
     """Relative to the norm of each.
 
     Half types: the logits themselves are rounded, each by up to a half of `eps` times the largest one. A
-    probability among few entries has the errors of its own logit and of the log-sum-exp.
+    probability among few entries has the errors of its own logit and of the log-sum-exp. largest: the largest
+    logit over the temperature.
     """
     bound = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     bounds = dict.fromkeys(("loss", "ce", "kl", "hidden", "weight", "teacher mass"), bound)
@@ -110,7 +111,7 @@ def test_equals_the_product_followed_by_the_loss(
             unit_upstream=unit,
             **options,
         )
-        largest = largest_logit(case, hidden, weight) if dtype in HALF else 0.0
+        largest = largest_logit(case, hidden, weight) / temperature if dtype in HALF else 0.0
         assert_near(actual, exact(case, hidden, weight, **options), dtype, largest)
         assert (actual[4][case.vocab_size :] == 0).all()  # padded columns
 

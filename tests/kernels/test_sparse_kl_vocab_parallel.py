@@ -40,16 +40,16 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def implementations(size: int, even: bool, tail: str, dtype: torch.dtype) -> list[str]:
+def implementations(every: bool, even: bool, tail: str, dtype: torch.dtype) -> list[str]:
     """Those that take such shards: the reference only even ones, the Triton kernels no fp64.
 
-    Interpreted kernels are slow. The plain run, over two shards, has them in bf16 with one tail.
+    Interpreted kernels are slow. If not `every`, they run in bf16 with one tail alone.
     """
-    triton = dtype == torch.float32 or (dtype == torch.bfloat16 and (size == 4 or tail == "bucket"))
+    triton = dtype == torch.float32 or (dtype == torch.bfloat16 and (every or tail == "bucket"))
     return ["torch", *["reference"] * even, *["triton"] * triton]
 
 
-def compare_with_whole(seed: int) -> dict[str, str]:
+def compare_with_whole(seed: int, every: bool) -> dict[str, str]:
     """On every rank: each layout that fits the number of ranks; the complaint of each case, "" where all
     is well.
     """
@@ -72,7 +72,7 @@ def compare_with_whole(seed: int) -> dict[str, str]:
                 shard = slice(start, start + widths[rank])
                 expected = exact(case, **options)
                 expected = (*expected[:3], expected[3][:, shard], *expected[4:])
-                for implementation in implementations(size, even, tail, dtype):
+                for implementation in implementations(every, even, tail, dtype):
                     key = f"{name} {tail} {dtype} {softcap} {implementation}"
                     place = {"vocab_start": start, "group": group}
                     try:
@@ -99,19 +99,22 @@ def count_collectives(seed: int, implementation: str) -> dict[str, int]:
     return dict(collectives.seen)
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+SLOW = [pytest.param((size, True), marks=pytest.mark.slow, id=f"{size}, every case") for size in (2, 4)]
+
+
+@pytest.fixture(scope="module", params=[pytest.param((2, False), id="2"), *SLOW])
 def results(request, ranks):
     """What each rank found, all layouts in one go."""
-    seed = random.randrange(2**31)
-    return request.param, seed, ranks(request.param, compare_with_whole, seed)
+    (size, every), seed = request.param, random.randrange(2**31)
+    return size, every, seed, ranks(size, compare_with_whole, seed, every)
 
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_shards_equal_the_whole(results, tail):
-    size, seed, found = results
+    size, every, seed, found = results
     layouts = [name for name, (_, widths) in LAYOUTS.items() if len(widths) == size]
     cases = sum(
-        len(SOFTCAPS[tail]) * len(implementations(size, len(set(LAYOUTS[name][1])) == 1, tail, dtype))
+        len(SOFTCAPS[tail]) * len(implementations(every, len(set(LAYOUTS[name][1])) == 1, tail, dtype))
         for name in layouts
         for dtype in DTYPES
     )

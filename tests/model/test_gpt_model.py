@@ -262,6 +262,7 @@ def meta_shapes(model_dir):
     architecture, config = start((1, 1, None), model_dir, params_dtype=torch.bfloat16)
     with torch.device("meta"):
         model = build_model(architecture, config, seq_length=2048)
+    assert all(parameter.is_meta for parameter in model.parameters())
     read = {}
     for parameter, blocks in parameter_blocks(model):
         for block in blocks:

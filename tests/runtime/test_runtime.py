@@ -1,9 +1,13 @@
 """The CPU runtime is inert beside a GPU, and a layout that does not fit the processes is refused."""
 
+import gc
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_models import save_model
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.runtime import cpu, distributed
@@ -14,6 +18,75 @@ def test_beside_a_gpu_nothing_is_touched(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert cpu.enable_cpu_megatron.__wrapped__() is False
     assert all(getattr(torch.cuda, name) is function for name, function in before.items())
+
+
+def kinds_of_factories() -> dict[str, str]:
+    """Where tensors are made, after the functions of torch have been replaced."""
+    assert cpu.enable_cpu_megatron()
+    with torch.device("meta"):
+        within = torch.nn.Linear(2, 3).weight, torch.empty(2), torch.zeros(2, device="cuda")
+    made = torch.tensor([1.0], device="cuda:0"), torch.scalar_tensor(2.0, device=torch.device("cuda"))
+    moved = (
+        made[0].to("cuda"),
+        made[0].to(device="cuda"),
+        made[0].to(made[1]),
+        made[0].new_zeros(2, device="cuda"),
+    )
+    with torch.device("cpu"):  # a mode, within which torch calls methods twice
+        kind = made[0].type()
+
+    def scripted(n: int):  # type: ignore[no-untyped-def]
+        return torch.zeros([n])
+
+    return {
+        "within": " ".join(str(tensor.device) for tensor in within),
+        "made": " ".join(str(tensor.device) for tensor in (*made, *moved)),
+        "type": f"{kind} {made[0].type()} {made[0].type(torch.float64).dtype}",
+        "script": str(torch.jit.script(scripted)(2)),
+        "compile": str(torch.compile(scripted, backend="eager", fullgraph=True)(2)),
+    }
+
+
+def test_cuda_means_cpu_for_all_that_makes_tensors(apart: Callable[..., dict[str, str]]) -> None:
+    """A context of another device counts as before, and so do scripted and compiled functions."""
+    assert apart(kinds_of_factories) == {
+        "within": "meta meta cpu",
+        "made": "cpu cpu cpu cpu cpu cpu",
+        "type": "torch.cuda.FloatTensor torch.cuda.FloatTensor torch.float64",
+        "script": "tensor([0., 0.])",
+        "compile": "tensor([0., 0.])",
+    }
+
+
+def threads_of_gloo() -> int:
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("gloo") for name in names)
+
+
+def threads_after_a_model(model_dir: Path) -> list[int]:
+    """How many threads of gloo there are after each of two runtimes that ran a model."""
+    from megatron_fuse.model.architecture import read_architecture
+    from megatron_fuse.model.config import transformer_config
+    from megatron_fuse.model.gpt import build_model
+    from megatron_fuse.runtime import start_runtime, stop_runtime
+
+    counts = []
+    for _ in range(2):
+        start_runtime()
+        architecture = read_architecture(model_dir)
+        model = build_model(architecture, transformer_config(architecture), seq_length=8)
+        model.rotary_pos_emb(8)
+        assert threads_of_gloo() > 0
+        del model
+        stop_runtime()
+        gc.collect()
+        counts.append(threads_of_gloo())
+    return counts
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux names threads there")
+def test_a_runtime_that_has_ended_leaves_no_thread(ranks, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert ranks(1, threads_after_a_model, save_model(tmp_path / "model", "llama")) == [[0, 0]]
 
 
 def sizes_and_banner(sizes: dict[str, Any]) -> tuple[tuple[int, ...], str]:

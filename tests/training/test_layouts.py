@@ -176,13 +176,13 @@ def test_an_implementation_of_the_loss_changes_nothing(  # type: ignore[no-untyp
 ) -> None:
     sections = {"parallel": parallel, "loss": loss, "training": TRAINING | {"train_iters": iterations}}
     found = one_report(ranks(world_size, run_training, tmp_path, target, sections))
-    until = {
+    expected = {
         "steps": alone["steps"][:iterations],
         "validation": alone["validation"][: len(found["validation"])],
     }
     if iterations < STEPS:  # the last one is of another step then
-        found, until = ({**report, "validation": report["validation"][:1]} for report in (found, until))
-    assert_same(found, until, relative=1e-5)
+        found, expected = ({**report, "validation": report["validation"][:1]} for report in (found, expected))
+    assert_same(found, expected, relative=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -205,10 +205,8 @@ def until(iterations: int) -> dict[str, Any]:
     return {"train_iters": iterations, "global_batch_size": 8, "micro_batch_size": 4, "lr": 1e-4}
 
 
-@pytest.fixture
-def iterations(request: pytest.FixtureRequest) -> int:
-    """All steps of both phases in a slow test, otherwise the first phase and two steps of the second."""
-    return 20 if request.node.get_closest_marker("slow") else 9
+# 9: the first phase and two steps of the second. 20: all steps of both phases.
+ITERATIONS = pytest.mark.parametrize("iterations", [9, pytest.param(20, marks=pytest.mark.slow)])
 
 
 def families_at_layouts() -> Iterator[Any]:
@@ -228,6 +226,7 @@ def families_at_layouts() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("family", "world_size", "parallel"), families_at_layouts())
+@ITERATIONS
 def test_every_family_trains_alike_at_every_layout(  # type: ignore[no-untyped-def]
     ranks, family_alone, tmp_path, family, world_size, parallel, iterations
 ) -> None:
@@ -242,6 +241,7 @@ def test_every_family_trains_alike_at_every_layout(  # type: ignore[no-untyped-d
 @pytest.mark.parametrize(
     "family", ["olmo2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "qwen3", "phi3"))]
 )
+@ITERATIONS
 def test_a_family_continues_at_another_layout(  # type: ignore[no-untyped-def]
     ranks, family_alone, tmp_path, family, iterations
 ) -> None:
@@ -298,6 +298,7 @@ def experts(ranks: int = 1, **options: Any) -> dict[str, Any]:
         ),
     ],
 )
+@ITERATIONS
 def test_a_mixture_trains_alike_at_every_layout(  # type: ignore[no-untyped-def]
     ranks, family_alone, tmp_path, family, world_size, parallel, iterations
 ) -> None:
@@ -313,6 +314,7 @@ def test_a_mixture_trains_alike_at_every_layout(  # type: ignore[no-untyped-def]
     "distributed",
     [pytest.param(False, id="whole optimizer", marks=pytest.mark.slow), pytest.param(True, id="distributed")],
 )
+@ITERATIONS
 def test_a_mixture_continues_at_another_layout(  # type: ignore[no-untyped-def]
     ranks, family_alone, tmp_path, distributed, iterations
 ) -> None:
