@@ -19,17 +19,23 @@ export PYTHONDONTWRITEBYTECODE =
 
 setup: $(READY)
 
-$(READY): setup.py pyproject.toml $(CONSTRAINTS)
+# Of this Python, with torch.
+define VENV
 	@$(PYTHON) -c 'import sys; v = sys.version_info; assert v >= (3, 11), f"Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}: set PYTHON=..."'
 	@test ! -e .venv || test -e $(BIN)/python$(VERSION) || { echo ".venv is of another Python than $(VERSION): leave PYTHON out to use it, or remove it (rm -r .venv) to have it made anew"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+endef
+
+$(READY): setup.py pyproject.toml $(CONSTRAINTS)
+	$(VENV)
 	$(INSTALL) -e .
 	@touch $@
 
-$(READY_FOR_TESTS): $(READY)
+$(READY_FOR_TESTS): setup.py pyproject.toml $(CONSTRAINTS)
+	$(VENV)
 	$(INSTALL) -e '.[dev]'
-	@touch $@
+	@touch $(READY) $@
 
 setup-tests: $(READY_FOR_TESTS)
 

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import multiprocessing.connection
 import os
+import runpy
 import signal
 import sys
 import time
@@ -21,6 +22,12 @@ from megatron_fuse.processes import end_with
 
 # Seconds for a whole job to end after a part of it has, on a busy machine; torchrun's own patience is 30.
 ENDS_WITHIN = 120
+
+
+def run_module(rank: int, words: list[str]) -> None:
+    """`python -m` as a rank: words are the module and its arguments."""
+    sys.argv = words
+    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
 
 
 class KillableRanks:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from killable_ranks import KillableRanks
+from killable_ranks import KillableRanks, run_module
 from small_models import save_model, write_rows
 from transformers import (
     AutoModelForCausalLM,
@@ -114,12 +114,6 @@ def run_tool(recipe_file: Path, *words: str) -> subprocess.CompletedProcess[str]
     )
 
 
-def module(rank: int, words: list[str]) -> None:
-    """`python -m` as a rank: words are the module and its arguments."""
-    sys.argv = words
-    runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-
-
 def run_forked(ranks: KillableRanks, outputs: Path, words: list[str], env: Mapping[str, str]) -> int:
     """Takes the place of pipeline.run.run_tied: the command's exit code.
 
@@ -131,7 +125,7 @@ def run_forked(ranks: KillableRanks, outputs: Path, words: list[str], env: Mappi
     if torchrun:
         assert words[3] == "--standalone" and words[5] == "-m"
         processes, words = int(words[4].removeprefix("--nproc-per-node=")), words[4:]
-    return max(ranks.wait(ranks.start(processes, outputs, module, words[2:], torchrun=torchrun)))
+    return max(ranks.wait(ranks.start(processes, outputs, run_module, words[2:], torchrun=torchrun)))
 
 
 def printed(directory: Path) -> str:

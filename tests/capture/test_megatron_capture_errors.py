@@ -1,14 +1,12 @@
 """Errors of a capture in Megatron name the source and the fix. The error of one rank ends all ranks."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killable_ranks import KillableRanks, run_module
 from megatron_captures import SIZES, in_megatron, layout, run_captures
 from safetensors.torch import load_file, save_file
 from small_models import save_model
@@ -117,15 +115,13 @@ def test_the_error_of_one_rank_ends_all(in_process: dict[str, Any], tmp_path: Pa
     content = with_model(in_process, tmp_path, model, **layout(pp=2))
     path = tmp_path / "recipe.json"  # JSON is YAML
     path.write_text(json.dumps(content))
-    command = ["-m", "megatron_fuse.torchrun", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "megatron_fuse.cli", "capture", "--recipe", str(path), "--mode", "training"]
-    ended = subprocess.run(
-        [sys.executable, *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
-    assert ended.returncode != 0
-    assert "model.layers.3.mlp.down_proj.weight" in ended.stdout, ended.stdout[-4000:]
+    words = ["megatron_fuse.cli", "capture", "--recipe", str(path), "--mode", "training"]
+    ranks = KillableRanks()
+    try:
+        children = ranks.start(2, tmp_path / "outputs", run_module, words, torchrun=True)
+        (code,) = ranks.wait(children, hangs_after=600)
+    finally:
+        ranks.close()
+    printed = "".join(output.read_text() for output in (tmp_path / "outputs").iterdir())
+    assert code != 0
+    assert "model.layers.3.mlp.down_proj.weight" in printed, printed[-4000:]

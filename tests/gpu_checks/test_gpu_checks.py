@@ -12,7 +12,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_fuse import gpu_checks
 from megatron_fuse.errors import UserError
@@ -177,7 +176,6 @@ def test_bad_usage_is_refused(
 
 def exit_code_of_command(output: Path, *options: str) -> int:
     """The command in this process, for the fixture `apart`. What it prints goes to a file."""
-    torch.set_num_threads(1)
     sys.argv = [str(COMMAND), *options]
     with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
         try:

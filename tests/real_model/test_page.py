@@ -45,13 +45,17 @@ def test_the_tables_of_trainings_are_the_report_of_the_file(
 ) -> None:
     monkeypatch.chdir(ROOT)
     experiment = load_experiment(Path("examples/real_model/experiments.yaml"))
-    results = [each for each in read_results(experiment.results) if each.split == experiment.split]
-    experiment = experiment.model_copy(update={"results": tmp_path / "real_model.csv"})  # where pictures go
-    report = tmp_path / "report.md"
-    write_report([Reported(experiment, results, "command")], report)
-    reported = report.read_text(encoding="utf-8").splitlines()
-    for heading, name in (("Trainings", "loss"), ("Other forms of the loss", "forms")):
-        rows = table_under(heading)
+    in_tmp_path = experiment.model_copy(update={"results": tmp_path / "real_model.csv"})  # where pictures go
+    tables = (
+        ("Trainings", "loss", "held_out"),
+        ("Other forms of the loss", "forms", "held_out"),
+        ("Accuracies", "loss", "tasks"),
+    )
+    for heading, name, split in tables:
+        results = [each for each in read_results(experiment.results) if each.split == split]
+        report = tmp_path / f"{split}.md"
+        write_report([Reported(in_tmp_path, results, "command")], report)
+        rows, reported = table_under(heading), report.read_text(encoding="utf-8").splitlines()
         assert len(rows) == len(experiment.tables[name].rows)
         assert not [row for row in rows if row not in reported]
 
