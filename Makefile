@@ -32,9 +32,10 @@ $(READY): setup.py pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) -e .
 	@touch $@
 
+# Python compiles torch while pip installs the rest. Otherwise each of the test processes would compile it, all at the same time.
 $(READY_FOR_TESTS): setup.py pyproject.toml $(CONSTRAINTS)
 	$(VENV)
-	$(INSTALL) -e '.[dev]'
+	$(BIN)/python -W ignore -c 'import torch._inductor.compile_fx, torch.distributed.launcher' & $(INSTALL) -e '.[dev]'; code=$$?; wait; exit $$code
 	@touch $(READY) $@
 
 setup-tests: $(READY_FOR_TESTS)

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.jit._builtins import _find_builtin, _register_builtin
-from torch.utils._device import _device_constructors
 
 CPU = torch.device("cpu")
 
@@ -91,6 +89,9 @@ def _redirect_cuda_to_cpu() -> None:
     A torch function mode would redirect all functions in fewer lines. But it is called for every function of
     torch. That is a fifth of the time of a small model's training.
     """
+    from torch.jit._builtins import _find_builtin, _register_builtin
+    from torch.utils._device import _device_constructors
+
     # `with torch.device(...)` compares with this list, which torch makes at its first use and then keeps. It
     # must have torch's own functions, as the functions below call them.
     _device_constructors()

@@ -236,5 +236,7 @@ def _release_groups() -> None:
     # destroy_model_parallel leaves these two out.
     for suffix in ("", "_GLOO"):
         setattr(parallel_state, f"_INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP{suffix}", None)
+    # A cache of the method keeps the last 32 modules, with their groups. A later version may have none.
     for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
-        embedding.forward.cache_clear()  # a cache of the method keeps the last 32 modules, with their groups
+        if clear := getattr(embedding.forward, "cache_clear", None):
+            clear()
