@@ -60,13 +60,7 @@ def pretrain(recipe: Recipe, *, dry_run: bool = False) -> None:
     # An error in the recipe ends every rank here, before one waits for another.
     architecture = read_target(recipe)
     runtime = start_runtime(
-        tensor_model_parallel_size=recipe.parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=recipe.parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=recipe.parallel.virtual_pipeline_model_parallel_size,
-        expert_model_parallel_size=recipe.parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=recipe.parallel.expert_tensor_parallel_size,
-        seed=recipe.training_seed,
-        deterministic=recipe.training.deterministic,
+        **recipe.parallel.sizes, seed=recipe.training_seed, deterministic=recipe.training.deterministic
     )
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
     from megatron_fuse.dataset import FusionDataset

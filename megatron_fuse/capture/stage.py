@@ -234,13 +234,7 @@ def _capture_together(
     """
     source_architecture(recipe, source)  # an error ends every rank here, before one waits for another
     check_processes(recipe, source, rank_and_world()[1])
-    layout = source_options(recipe, source).parallel
-    runtime = start_runtime(
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.expert_tensor_size,
-    )
+    runtime = start_runtime(**source_options(recipe, source).parallel.sizes)
     # Megatron-core may only be imported once the runtime has prepared the process for a machine without CUDA.
     from megatron_fuse.capture.megatron_ranks import SourceRanks
     from megatron_fuse.capture.megatron_reading import MegatronReader

@@ -174,7 +174,10 @@ def write_results(experiment: Experiment, results: Sequence[Result], split: str)
         return []
     before = read_results(experiment.results) if experiment.results.exists() else []
     old = [row for row in before if (row.variant, row.seed, row.split) not in new]
-    rows = [*filter(stays, old), *results]
+    staying, leaving = list[Result](), list[Result]()
+    for row in old:
+        (staying if stays(row) else leaving).append(row)
+    rows = [*staying, *results]
     rows.sort(key=lambda row: (row.split != experiment.split, row.split, names.index(row.variant), row.seed))
     kept = {_measurement(row) for row in rows}
     if removed := [row for row in before if _measurement(row) not in kept]:
@@ -182,7 +185,7 @@ def write_results(experiment: Experiment, results: Sequence[Result], split: str)
     experiment.results.parent.mkdir(parents=True, exist_ok=True)
     with temporary_then_rename(experiment.results) as temporary:
         temporary.write_text(_csv_text(rows), encoding="utf-8")
-    return sorted({row.variant for row in old if not stays(row) and row.split == split})
+    return sorted({row.variant for row in leaving if row.split == split})
 
 
 def earlier_results(experiment: Experiment) -> Path:

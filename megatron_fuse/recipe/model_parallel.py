@@ -25,7 +25,7 @@ class ModelParallelOptions(Options):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Numbers of ranks by Megatron's names, as check_layout and transformer_config take them."""
+        """Numbers of ranks by Megatron's names, which start_runtime and transformer_config have too."""
         return {
             "tensor_model_parallel_size": self.tensor_model_parallel_size,
             "pipeline_model_parallel_size": self.pipeline_model_parallel_size,

@@ -36,14 +36,7 @@ def make_tiny_trainer(workdir: Path, target: Path, sections: dict[str, Any]) -> 
     from megatron_fuse.training.trainer import make_trainer
 
     recipe = make_tiny_recipe(workdir, target, **sections)
-    sizes = recipe.parallel
-    runtime = start_runtime(
-        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
-        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline_model_parallel_size,
-        expert_model_parallel_size=sizes.expert_model_parallel_size,
-        expert_tensor_parallel_size=sizes.expert_tensor_parallel_size,
-    )
+    runtime = start_runtime(**recipe.parallel.sizes)
     architecture = read_target(recipe)
     return make_trainer(recipe, runtime, architecture, build_target(recipe, architecture), SyntheticDataset())
 

@@ -53,14 +53,7 @@ def run_training(
     from megatron_fuse.training.trainer import make_trainer, train
 
     recipe = make_tiny_recipe(workdir, target, **sections)
-    layout = recipe.parallel
-    runtime = start_runtime(
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
-        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-    )
+    runtime = start_runtime(**recipe.parallel.sizes)
     architecture = read_target(recipe)
     chunks = build_target(recipe, architecture)
     trainer = make_trainer(recipe, runtime, architecture, chunks, SyntheticDataset())
@@ -323,7 +316,7 @@ def test_a_mixture_continues_at_another_layout(  # type: ignore[no-untyped-def]
     options = {"use_distributed_optimizer": distributed}
     folded = experts(2, tensor_model_parallel_size=2, expert_tensor_parallel_size=1)
     layouts = [(4, experts(4)), (2, folded), (1, experts())]
-    ends = (iterations // 3, iterations // 2, iterations)
+    ends = (3 * iterations // 10, 6 * iterations // 10, iterations)
     for (world_size, parallel), last in zip(layouts, ends, strict=True):
         sections = {"parallel": parallel | options, "training": until(last)}
         report = one_report(ranks(world_size, run_training, tmp_path, target, sections))

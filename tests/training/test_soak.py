@@ -97,11 +97,7 @@ def run_part(rank: int, recipe: Recipe, part: int, victim: int, kill_at: int, de
                 kill_at = 0
                 threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    sizes = recipe.parallel
-    runtime = start_runtime(
-        tensor_model_parallel_size=sizes.tensor_model_parallel_size,
-        pipeline_model_parallel_size=sizes.pipeline_model_parallel_size,
-    )
+    runtime = start_runtime(**recipe.parallel.sizes)
     architecture, dataset = read_target(recipe), ReadDataset()
     trainer = make_trainer(recipe, runtime, architecture, build_target(recipe, architecture), dataset)
     plans, ranks = trainer.log.plans, runtime.world_size
