@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +21,9 @@ import pytest
 import torch.multiprocessing  # noqa: F401  (for tensors between processes)
 
 MOST_RANKS = 4
+# Those of a few runtimes, each of which has about 20. A run that ends with an error may keep its own until
+# the next run.
+MOST_THREADS_LEFT = 100
 # New objects between two garbage collections; collections of a generation between two of the next.
 COLLECTED = (20_000, 20, 10)
 # What a rank imports, for ten seconds of its processor's time.
@@ -79,17 +83,31 @@ def _serve(tasks: Any, results: Any) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        try:
-            results.put((rank, function(*arguments), None))
-        except BaseException:
-            results.put((rank, None, traceback.format_exc()))
-        finally:
-            from megatron_fuse.runtime import stop_runtime
+        results.put((rank, *_answer(function, arguments)))
+        del task, arguments  # an error among them would keep the frames of the run that raised it
 
-            stop_runtime()
-            # Else the cycles among Megatron's objects keep process groups, whose threads of gloo wake up a
-            # hundred times a second.
-            gc.collect()
+
+def _answer(function: Callable, arguments: tuple) -> tuple[Any, str | None]:
+    """The function's value, or the traceback of its error, after its runtime has ended."""
+    value = error = None
+    try:
+        value = function(*arguments)
+    except BaseException:
+        error = traceback.format_exc()
+    from megatron_fuse.runtime import stop_runtime
+
+    stop_runtime()
+    # Else the cycles among Megatron's objects keep process groups.
+    gc.collect()
+    if error is None and (left := threads_of_gloo()) > MOST_THREADS_LEFT:
+        error = f"{left} threads of gloo are left by this test and those before it in this process"
+    return value, error
+
+
+def threads_of_gloo() -> int:
+    """The threads of this process's groups. Each wakes up a hundred times a second."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("gloo") for name in names)
 
 
 class RankPool:

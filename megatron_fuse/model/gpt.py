@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import layers as tensor_parallel_layers
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import linear
@@ -117,6 +118,7 @@ class FusionGPTModel(GPTModel):
                 module.to(torch.cuda.current_device())
         _mark_tensor_parallel_weights(self)
         _mark_weights_of_experts(self)
+        _release_routing_after_use(self)
 
     def forward(
         self,
@@ -316,6 +318,22 @@ def _run_pre_hooks(module: torch.nn.Module) -> None:
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())
+
+
+def _release_routing_after_use(model: GPTModel) -> None:
+    """Makes each layer of experts forget the probabilities of its router after the forward pass.
+
+    Megatron keeps them, and with them their graph, until the next forward pass. That graph reaches the
+    gradient hooks of DistributedDataParallel, and these reach the model. Python does not see such a cycle, so
+    that model, gradients and process groups would never be freed.
+    """
+
+    def forget(layer: MoELayer, *_: object) -> None:
+        layer.token_dispatcher.probs = None
+
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.register_forward_hook(forget)
 
 
 def _mark_weights_of_experts(model: GPTModel) -> None:

@@ -12,7 +12,11 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.logs import choose_logging_rank
 from megatron_fuse.runtime.cpu import enable_cpu_megatron
 from megatron_fuse.runtime.libraries import importing_megatron
-from megatron_fuse.runtime.megatron_versions import complete_router, quiet_known_messages
+from megatron_fuse.runtime.megatron_versions import (
+    complete_router,
+    forget_auxiliary_losses,
+    quiet_known_messages,
+)
 from megatron_fuse.runtime.optimizer import install_group_step_adamw
 
 _TIMEOUT = timedelta(minutes=30)  # in which the other ranks must reach a collective
@@ -240,3 +244,4 @@ def _release_groups() -> None:
     for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
         if clear := getattr(embedding.forward, "cache_clear", None):
             clear()
+    forget_auxiliary_losses()

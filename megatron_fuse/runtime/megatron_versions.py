@@ -40,6 +40,16 @@ def complete_router() -> None:
         moe_utils.te_general_gemm = None
 
 
+def forget_auxiliary_losses() -> None:
+    """Removes the auxiliary losses that Megatron collects for its own log, and their process groups."""
+    from megatron.core.transformer.moe import moe_utils
+
+    if hasattr(moe_utils, "get_moe_metrics_tracker"):  # from 0.18 on
+        moe_utils.get_moe_metrics_tracker().metrics.clear()
+    else:
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+
+
 def submodules_of(spec: Any) -> Any:
     """The submodules of a part of a layer spec. From 0.18 on the MLP is a partial that takes them."""
     return spec.keywords["submodules"] if isinstance(spec, partial) else spec.submodules

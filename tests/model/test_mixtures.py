@@ -2,10 +2,14 @@
 
 # ruff: noqa: F401, F811  (small_models is a fixture, imported and then named as an argument)
 
+import gc
+from functools import partial
+
 import numpy as np
 import pytest
 import small_targets as small
 import torch
+from rank_pool import threads_of_gloo
 from small_targets import small_models
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -254,3 +258,23 @@ def test_the_auxiliary_loss_is_that_of_the_switch_transformer(ranks, tmp_path):
     found = torch.from_numpy(ranks(1, router_gradient, tmp_path, coefficient)[0])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-4)
     assert not ranks(1, router_gradient, tmp_path, 0.0)[0].any()
+
+
+def left_after_two_runs(model_dir):
+    """On a rank: the models and the threads of gloo that are left after each of two runs."""
+    from megatron_fuse.model.gpt import FusionGPTModel
+    from megatron_fuse.runtime import stop_runtime
+
+    counts = []
+    for run in (partial(train_once, {}), partial(router_gradient, coefficient=0.5)):
+        run(model_dir=model_dir)
+        stop_runtime()
+        gc.collect()
+        models = sum(type(each) is FusionGPTModel for each in gc.get_objects())
+        counts.append((models, threads_of_gloo()))
+    return counts
+
+
+def test_nothing_is_left_of_a_model_that_has_been_trained(ranks, small_models):
+    """Neither the model, which its graph could keep, nor the groups of its auxiliary loss."""
+    assert ranks(1, left_after_two_runs, small_models["mixtral"]) == [[(0, 0), (0, 0)]]
