@@ -146,6 +146,10 @@ def _become_rank(workdir: Path, function: Callable, *arguments: Any) -> None:
     gc.freeze()  # as the ranks of rank_pool.py
     rank = int(os.environ.get("RANK", 0))
     _print_to(workdir / f"output-{rank}.txt")
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        # If several ranks end within one look of the agent, it shows the error of one of them, and not always
+        # of the first. torchrun, whose ranks are no forks, shows them all.
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(workdir / f"output-error-{rank}.json")
     torch.set_num_threads(1)
     if code := exit_code(partial(function, rank, *arguments)):
         sys.exit(code)
