@@ -34,7 +34,6 @@ from megatron_fuse.fusion_data.documents import Document, DocumentStreams
 from megatron_fuse.model.gpt import FusionTargets
 from megatron_fuse.recipe import make_recipe
 from megatron_fuse.runtime import Runtime, start_runtime, stop_runtime
-from megatron_fuse.storage import Artifact
 from megatron_fuse.target import read_target
 from megatron_fuse.training.batches import micro_batches
 from megatron_fuse.training.target import build_target
@@ -151,11 +150,11 @@ def _trainer(directory: Path, runtime: Runtime, seq_length: int, vocabulary: int
             "training": {"seq_length": seq_length, "global_batch_size": 1, "precision": "fp32"},
         }
     )
-    architecture = read_target(recipe)
+    target = read_target(recipe)
     draw = np.random.default_rng(7)
     streams = write_documents(directory / "documents", np.full(8, seq_length), draw, vocabulary, entries)
-    chunks = build_target(recipe, architecture)
-    return make_trainer(recipe, runtime, architecture, chunks, Documents(streams, entries + 1))
+    chunks = build_target(recipe, target)
+    return make_trainer(recipe, runtime, target.architecture, chunks, Documents(streams, entries + 1))
 
 
 class Documents:
@@ -169,7 +168,7 @@ class Documents:
         self.example_ids = [str(number) for number in range(len(streams))]
         self.train, self.validation = np.arange(len(streams)), np.arange(0)
         self.sha256 = "synthetic"
-        self.text = Artifact(Path(), {})  # of which an order of examples would be
+        self.curriculum = None
 
     def lengths(self, mode: str) -> np.ndarray:
         return self.streams.lengths

@@ -58,7 +58,7 @@ def pretrain(recipe: Recipe, *, dry_run: bool = False) -> None:
         from megatron_fuse.runtime.distributed import banner
         from megatron_fuse.target import read_target
     # An error in the recipe ends every rank here, before one waits for another.
-    architecture = read_target(recipe)
+    target = read_target(recipe)
     runtime = start_runtime(
         **recipe.parallel.sizes, seed=recipe.training_seed, deterministic=recipe.training.deterministic
     )
@@ -67,9 +67,9 @@ def pretrain(recipe: Recipe, *, dry_run: bool = False) -> None:
     from megatron_fuse.report.loss_curve import write_loss_curve
     from megatron_fuse.training.advice import loss_advice, stored_mass_advice
     from megatron_fuse.training.banner import describe_run
+    from megatron_fuse.training.directories import metrics_directory
     from megatron_fuse.training.dry_run import print_dry_run
     from megatron_fuse.training.memory import advise_when_out_of_memory
-    from megatron_fuse.training.metrics import metrics_directory
     from megatron_fuse.training.target import build_target
     from megatron_fuse.training.trainer import make_trainer, train
 
@@ -78,11 +78,11 @@ def pretrain(recipe: Recipe, *, dry_run: bool = False) -> None:
     advice = [*loss_advice(recipe), *stored_mass_advice(recipe, dataset)]
     for line in advice if runtime.is_logging_rank else []:
         logger.warning(line)
-    with advise_when_out_of_memory(recipe, architecture, runtime, dataset):
-        chunks = build_target(recipe, architecture)
-        what = describe_run(recipe, architecture, chunks, entries_per_row=dataset.entries_per_row)
+    with advise_when_out_of_memory(recipe, target.architecture, runtime, dataset):
+        chunks = build_target(recipe, target)
+        what = describe_run(recipe, target.architecture, chunks, entries_per_row=dataset.entries_per_row)
         logger.info(banner(runtime, what))
-        trainer = make_trainer(recipe, runtime, architecture, chunks, dataset)
+        trainer = make_trainer(recipe, runtime, target.architecture, chunks, dataset)
         if dry_run:
             print_dry_run(trainer)
         else:

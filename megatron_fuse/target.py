@@ -1,5 +1,6 @@
 """The target of a recipe, read and checked without Megatron, before anything is built."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fuse.chat import ChatFormat
@@ -12,34 +13,29 @@ from megatron_fuse.model.pipeline_split import stated_split
 from megatron_fuse.model.weight_files import WeightFiles
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.model_parallel import SEQUENCE_MULTIPLE
-from megatron_fuse.storage import Workspace
 
 
-def checkpoint_directory(recipe: Recipe) -> Path:
-    """The directory in which training saves.
+@dataclass(frozen=True)
+class Target:
+    """directory: that of its Hugging Face files."""
 
-    It also continues from there, unless --load names another directory.
-    """
-    return recipe.training.save or Workspace(recipe.workdir).checkpoints
-
-
-def export_directory(recipe: Recipe) -> Path:
-    return recipe.export.path or Workspace(recipe.workdir).export
+    directory: Path
+    architecture: Architecture
 
 
 def target_directory(recipe: Recipe) -> Path:
     return resolve_model(recipe.target.model, "target.model")
 
 
-def read_target(recipe: Recipe) -> Architecture:
-    """The target's architecture.
+def read_target(recipe: Recipe) -> Target:
+    """The target, as its config describes it.
 
     Raises UserError for a model class, a sequence length or a parallel layout that cannot be trained.
     Training itself would find these only after all other stages. check_target_tokenizer compares the
     tokenizer with the model.
     """
-    architecture = read_architecture(target_directory(recipe))
-    layout = recipe.parallel
+    directory, layout = target_directory(recipe), recipe.parallel
+    architecture = read_architecture(directory)
     check_layout(
         architecture,
         **layout.sizes,
@@ -58,26 +54,26 @@ def read_target(recipe: Recipe) -> Architecture:
             f"experts share sequences, whose length is a multiple of {SEQUENCE_MULTIPLE}. Choose a size "
             f"of at most {SEQUENCE_MULTIPLE}."
         )
-    return architecture
+    return Target(directory, architecture)
 
 
-def check_target_weights(recipe: Recipe, architecture: Architecture) -> None:
+def check_target_weights(target: Target) -> None:
     """Raises UserError if the target's weight files are damaged, or do not hold the tensors of its config.
 
     Reads only the headers of the files. Also checks the generation options, because an export copies them.
     """
-    directory = target_directory(recipe)
-    check_model_directory(directory)
-    check_weights(WeightFiles(directory), architecture)
+    check_model_directory(target.directory)
+    check_weights(WeightFiles(target.directory), target.architecture)
 
 
-def check_target_tokenizer(chat: ChatFormat, architecture: Architecture) -> None:
+def check_target_tokenizer(chat: ChatFormat, target: Target) -> None:
     """Raises UserError if the target's tokenizer gives ids that its model does not have.
 
     chat: the target's format. Without this check, ids within the padding of the vocabulary would train
     without any error.
     """
     # A special token, often that for padding, may lie beyond the vocabulary if no conversation holds it.
+    architecture = target.architecture
     used = chat.encode_conversation([{"role": "user", "content": "a"}], "a").ids.tolist()
     largest = max({*range(chat.tokenizer.vocab_size)} - chat.tokenizer.special_ids | {*used})
     if largest >= architecture.vocab_size:

@@ -28,7 +28,7 @@ from megatron_fuse.fusion_data.listing import read_examples
 from megatron_fuse.fusion_data.streams import Stream
 from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.selection.choice import SELECTION, Selection, read_selection
-from megatron_fuse.selection.curriculum import CURRICULUM
+from megatron_fuse.selection.curriculum import CURRICULUM, read_curriculum
 from megatron_fuse.selection.mixture import mix
 from megatron_fuse.selection.rules import NONE
 from megatron_fuse.stages import Context, Parents
@@ -53,6 +53,7 @@ class FusionDataset:
         entries_per_row: the most entries that a row can have
         sha256: hash of all documents and of the choice between sources
         text: the artifact of the text
+        curriculum: the order of the examples, None if they are shuffled
         artifacts: all artifacts that hold documents; checksums.py compares their checksums
 
     Opening checks the sizes of all files against their manifests and indices, the indices against each other,
@@ -89,6 +90,7 @@ class FusionDataset:
                 for source in self.sources
             }
             self.selections[mode] = read_selection(recipe, mode, {"text": text.sha256, **parents})
+        self.curriculum = read_curriculum(recipe, text.sha256)
         self._chosen = dict.fromkeys(MODES, np.full(len(rows), NONE, np.int16))
         # Examples with weight 0 (dropped by their margin) are treated as having no winner.
         self._chosen |= {mode: np.where(s.weight > 0, s.source, NONE) for mode, s in self.selections.items()}

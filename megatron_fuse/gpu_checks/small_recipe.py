@@ -25,9 +25,9 @@ from megatron_fuse.pipeline import steps
 from megatron_fuse.processes import end_with_pool
 from megatron_fuse.recipe import Recipe, dump_recipe, make_recipe
 from megatron_fuse.stages import Stage
-from megatron_fuse.target import checkpoint_directory, export_directory
 from megatron_fuse.training.checkpoint_files import LATEST
-from megatron_fuse.training.metrics import METRICS, STEP, metrics_directory, read_metrics
+from megatron_fuse.training.directories import checkpoint_directory, export_directory, metrics_directory
+from megatron_fuse.training.metrics import METRICS, STEP, read_metrics
 from megatron_fuse.training.stage import EXPORT, TRAINING
 
 _SAVE_INTERVAL = 6

@@ -50,7 +50,7 @@ class RandomDocuments:
         self.example_ids = [str(number) for number in range(len(positions))]
         self.train, self.validation = np.arange(len(positions)), np.arange(0)
         self.artifacts: list[Artifact] = []
-        self.text = Artifact(Path(), {})  # only the curriculum would read it
+        self.curriculum = None
         self.sha256 = f"random-{seed}"
         self.sources = ["teacher"]
         self.won = np.full(len(positions), 0 if entries else NONE, np.int16)
@@ -123,6 +123,6 @@ def random_trainer(recipe: Recipe, runtime: Runtime, dataset: RandomDocuments) -
     from megatron_fuse.training.target import build_chunks
     from megatron_fuse.training.trainer import make_trainer
 
-    architecture = read_target(recipe)
+    architecture = read_target(recipe).architecture
     chunks = build_chunks(recipe, architecture, perform_initialization=True)
     return make_trainer(recipe, runtime, architecture, chunks, dataset)  # type: ignore[arg-type]

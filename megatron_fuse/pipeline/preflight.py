@@ -28,7 +28,7 @@ def check_files(recipe: Recipe) -> None:
             problems.append(str(error))
     if problems:
         raise UserError("\n       ".join(problems))
-    check_target_weights(recipe, read_target(recipe))
+    check_target_weights(read_target(recipe))
 
 
 def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:

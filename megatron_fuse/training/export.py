@@ -25,7 +25,7 @@ from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import sha256_of_json
 from megatron_fuse.storage.checksums import record_of_file
 from megatron_fuse.storage.recorded_directory import directory_then_rename, find, record_files, sole_writer
-from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
+from megatron_fuse.target import target_directory
 from megatron_fuse.training.checkpoint_content import METADATA
 from megatron_fuse.training.checkpoint_files import BEST, LATEST
 from megatron_fuse.training.checkpoint_integrity import CHECKSUMS
@@ -35,6 +35,7 @@ from megatron_fuse.training.checkpoint_metadata import (
     named_iteration,
     read_metadata,
 )
+from megatron_fuse.training.directories import checkpoint_directory, export_directory
 from megatron_fuse.training.stored_parameters import stored_parameters
 
 logger = logging.getLogger(__name__)

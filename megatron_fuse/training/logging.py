@@ -12,8 +12,9 @@ import torch
 
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.storage import Workspace
+from megatron_fuse.training.directories import metrics_directory
 from megatron_fuse.training.loss import FIT
-from megatron_fuse.training.metrics import METRICS, SAVED, STEP, VALIDATION, MetricsFile, metrics_directory
+from megatron_fuse.training.metrics import METRICS, SAVED, STEP, VALIDATION, MetricsFile
 from megatron_fuse.training.plan import PhasePlan, tokens_left
 from megatron_fuse.training.timing import SAVE, STEP_TIMERS, StepTimers
 from megatron_fuse.training.trackers import TensorBoard, Tracker, WeightsAndBiases, check_wandb

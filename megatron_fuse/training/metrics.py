@@ -34,18 +34,11 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt, model_validator
 
 from megatron_fuse.errors import UserError
-from megatron_fuse.recipe import Recipe
-from megatron_fuse.storage import Workspace, read_jsonl, temporary_then_rename
+from megatron_fuse.storage import read_jsonl, temporary_then_rename
 from megatron_fuse.storage.records import Record, parse_record
 
 METRICS, LOSS_CURVE = "metrics.jsonl", "loss.png"
 STEP, VALIDATION, SAVED = "step", "held-out", "save"
-
-
-def metrics_directory(recipe: Recipe) -> Path:
-    """WORKDIR/training, or the directory of --save if that is given,
-    because several runs may share a workdir."""
-    return recipe.training.save or Workspace(recipe.workdir).training
 
 
 class MetricsFile:

@@ -17,7 +17,7 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.runtime import Runtime
 from megatron_fuse.storage import temporary_then_rename
-from megatron_fuse.training.metrics import metrics_directory
+from megatron_fuse.training.directories import metrics_directory
 
 logger = logging.getLogger(__name__)
 

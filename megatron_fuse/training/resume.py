@@ -12,8 +12,6 @@ from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.training_options import TrainingOptions
 from megatron_fuse.runtime import Runtime
-from megatron_fuse.selection.curriculum import Curriculum
-from megatron_fuse.target import checkpoint_directory
 from megatron_fuse.training.checkpoint import load_checkpoint
 from megatron_fuse.training.checkpoint_files import LATEST
 from megatron_fuse.training.checkpoint_metadata import (
@@ -25,6 +23,7 @@ from megatron_fuse.training.checkpoint_metadata import (
     refuse_other_model,
     versions,
 )
+from megatron_fuse.training.directories import checkpoint_directory
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ _STEP_OPTIONS = {
 }
 
 
-def run_identity(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum | None) -> dict[str, Any]:
+def run_identity(recipe: Recipe, dataset: FusionDataset) -> dict[str, Any]:
     """The properties that a resumed run must share:
     the samples, their order, the loss, and the optimizer step."""
     return {
@@ -57,7 +56,7 @@ def run_identity(recipe: Recipe, dataset: FusionDataset, curriculum: Curriculum 
         "loss": recipe.loss.model_dump(exclude={"implementation", "fused_linear"})
         | {"student_temperature": recipe.student_temperature},
         "order": recipe.schedule.order,
-        "curriculum": curriculum.sha256 if curriculum else None,
+        "curriculum": dataset.curriculum.sha256 if dataset.curriculum else None,
         "data": dataset.sha256,
         "step": recipe.training.model_dump(include=_STEP_OPTIONS),
     }

@@ -8,8 +8,9 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.model.parameter_count import count_parameters
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.stages import Amounts, Context, Stage
-from megatron_fuse.target import checkpoint_directory, export_directory, target_directory
+from megatron_fuse.target import target_directory
 from megatron_fuse.training.checkpoint_files import LATEST
+from megatron_fuse.training.directories import checkpoint_directory, export_directory
 from megatron_fuse.training.schedule import make_schedule
 
 

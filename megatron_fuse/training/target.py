@@ -12,17 +12,17 @@ from megatron_fuse.model.conversion import load_hugging_face_weights
 from megatron_fuse.model.gpt import FusionGPTModel, FusionLossOptions, build_model_chunks
 from megatron_fuse.model.pipeline_split import stated_split
 from megatron_fuse.recipe import Recipe
-from megatron_fuse.target import check_target_weights, target_directory
+from megatron_fuse.target import Target, check_target_weights
 from megatron_fuse.training.checkpoint import save_checkpoint
 from megatron_fuse.training.checkpoint_files import checkpoints_in
 from megatron_fuse.training.checkpoint_metadata import CheckpointMetadata, model_identity, versions
 
 
-def build_target(recipe: Recipe, architecture: Architecture) -> list[FusionGPTModel]:
+def build_target(recipe: Recipe, target: Target) -> list[FusionGPTModel]:
     """This rank's model chunks with the Hugging Face weights of recipe.target. Needs a started runtime."""
-    check_target_weights(recipe, architecture)  # before memory is taken for them
-    chunks = build_chunks(recipe, architecture)
-    load_hugging_face_weights(chunks, target_directory(recipe))
+    check_target_weights(target)  # before memory is taken for them
+    chunks = build_chunks(recipe, target.architecture)
+    load_hugging_face_weights(chunks, target.directory)
     return chunks
 
 

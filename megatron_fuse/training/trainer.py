@@ -21,19 +21,17 @@ from megatron_fuse.model.gpt import FusionGPTModel
 from megatron_fuse.progress import Progress
 from megatron_fuse.recipe import MODES, Recipe
 from megatron_fuse.runtime import Runtime
-from megatron_fuse.selection.curriculum import read_curriculum
-from megatron_fuse.target import checkpoint_directory
 from megatron_fuse.training.batches import GlobalBatch, MicroBatch, micro_batches, phase_weights, plan_batch
 from megatron_fuse.training.checkpoint import CheckpointWriter
 from megatron_fuse.training.checkpoint_files import Retention
 from megatron_fuse.training.checkpoint_metadata import CheckpointMetadata
 from megatron_fuse.training.data_check import DataCheck
+from megatron_fuse.training.directories import checkpoint_directory, metrics_directory
 from megatron_fuse.training.guards import StepGuard, check_weights_across_replicas, step_optimizer
 from megatron_fuse.training.interruption import Interruption
 from megatron_fuse.training.learning_rate import LearningRate, make_learning_rate
 from megatron_fuse.training.logging import TrainingLog
 from megatron_fuse.training.loss import make_forward_step, reduce_report
-from megatron_fuse.training.metrics import metrics_directory
 from megatron_fuse.training.only_one import only_one_run
 from megatron_fuse.training.plan import plan_phases
 from megatron_fuse.training.profiling import StepProfiler, check_profile
@@ -82,12 +80,12 @@ def make_trainer(
     options = recipe.training
     modules, wrapped = wrap_chunks(recipe, chunks)
     optimizer = make_optimizer(recipe, wrapped)
-    curriculum = read_curriculum(recipe, dataset.text.sha256)
+    curriculum = dataset.curriculum
     schedule = make_schedule(
         recipe, len(dataset.train), ranks=curriculum.ranks[dataset.train] if curriculum else None
     )
     learning_rate = make_learning_rate(options, schedule.total_steps)
-    run = run_identity(recipe, dataset, curriculum)
+    run = run_identity(recipe, dataset)
     check_profile(recipe, ranks=runtime.world_size, last_step=schedule.last_step(options.train_iters))
     timers = StepTimers(options.timing_log_level, chunks[0].config)
     log = TrainingLog(

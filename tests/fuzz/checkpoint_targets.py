@@ -35,8 +35,10 @@ def _trainer(directory: Path) -> Any:
     from megatron_fuse.training.trainer import make_trainer
 
     recipe, runtime = _recipe(directory), start_runtime()
-    architecture = read_target(recipe)
-    return make_trainer(recipe, runtime, architecture, build_target(recipe, architecture), SyntheticDataset())
+    target = read_target(recipe)
+    return make_trainer(
+        recipe, runtime, target.architecture, build_target(recipe, target), SyntheticDataset()
+    )
 
 
 def _train(directory: Path) -> None:

@@ -281,9 +281,9 @@ def train_in_order(recipe: Recipe, iterations: int) -> list[list[int]]:
     options = {"train_iters": iterations, "global_batch_size": 3, "precision": "fp32"}
     recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update=options)})
     runtime = start_runtime()
-    architecture = read_target(recipe)
+    target = read_target(recipe)
     dataset = FusionDataset(recipe)
-    trainer = make_trainer(recipe, runtime, architecture, build_target(recipe, architecture), dataset)
+    trainer = make_trainer(recipe, runtime, target.architecture, build_target(recipe, target), dataset)
     train(trainer)
     steps, consumed = [], 0
     while (step := trainer.schedule.step(consumed)) is not None:

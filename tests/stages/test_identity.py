@@ -371,10 +371,10 @@ def test_what_a_step_depends_on_is_in_the_facts_of_a_run(made: Recipe) -> None:
     enable_cpu_megatron()
     from megatron_fuse.training.resume import run_identity
 
-    dataset, metadata = FusionDataset(made), run_identity(made, FusionDataset(made), None)
+    dataset, metadata = FusionDataset(made), run_identity(made, FusionDataset(made))
     found = set()
     for key, value in keys_of(made):
         other = changed(made, other_values(made, key, value))
-        if run_identity(other, dataset, None) != metadata:
+        if run_identity(other, dataset) != metadata:
             found.add(key)
     assert found == RUN_IDENTITY

@@ -38,7 +38,7 @@ class SyntheticDataset:
         self.example_ids = [f"example-{index}" for index in range(examples + validation)]
         self.train, self.validation = np.arange(examples), np.arange(examples, examples + validation)
         self.artifacts: list[Artifact] = []
-        self.text = Artifact(Path(), {})  # of which an order of examples would be
+        self.curriculum = None
         self.sha256 = f"synthetic-{seed}-{examples}"
         barely = margins & (np.arange(examples + validation) % 3 == 1)
         self.weights = {"inference": np.where(barely, 0.3, 1), "training": np.where(barely, 0.7, 1)}

@@ -37,8 +37,10 @@ def make_tiny_trainer(workdir: Path, target: Path, sections: dict[str, Any]) -> 
 
     recipe = make_tiny_recipe(workdir, target, **sections)
     runtime = start_runtime(**recipe.parallel.sizes)
-    architecture = read_target(recipe)
-    return make_trainer(recipe, runtime, architecture, build_target(recipe, architecture), SyntheticDataset())
+    trained = read_target(recipe)
+    return make_trainer(
+        recipe, runtime, trained.architecture, build_target(recipe, trained), SyntheticDataset()
+    )
 
 
 def state_hash(trainer: Any) -> str:
@@ -286,7 +288,7 @@ def out_of_memory(
     recipe = make_tiny_recipe(workdir, target, training=training)
     runtime = start_runtime()
     try:
-        with advise_when_out_of_memory(recipe, read_target(recipe), runtime, SyntheticDataset()):
+        with advise_when_out_of_memory(recipe, read_target(recipe).architecture, runtime, SyntheticDataset()):
             allocate()
     except UserError as error:
         return str(error)

@@ -21,7 +21,8 @@ from test_layouts import layout
 
 from megatron_fuse.errors import UserError
 from megatron_fuse.report.loss_curve import write_loss_curve
-from megatron_fuse.training.metrics import METRICS, STEP, MetricsFile, metrics_directory, read_metrics
+from megatron_fuse.training.directories import metrics_directory
+from megatron_fuse.training.metrics import METRICS, STEP, MetricsFile, read_metrics
 
 
 @pytest.fixture(scope="module")

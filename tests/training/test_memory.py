@@ -12,7 +12,7 @@ from test_guards import make_tiny_trainer
 from test_layouts import experts, layout
 
 from megatron_fuse.model.architecture import read_architecture
-from megatron_fuse.training.metrics import metrics_directory
+from megatron_fuse.training.directories import metrics_directory
 
 
 def built_and_estimated(workdir: Path, target: Path, sections: dict[str, Any]) -> dict[str, Any]:

@@ -98,8 +98,8 @@ def run_part(rank: int, recipe: Recipe, part: int, victim: int, kill_at: int, de
                 threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     runtime = start_runtime(**recipe.parallel.sizes)
-    architecture, dataset = read_target(recipe), ReadDataset()
-    trainer = make_trainer(recipe, runtime, architecture, build_target(recipe, architecture), dataset)
+    target, dataset = read_target(recipe), ReadDataset()
+    trainer = make_trainer(recipe, runtime, target.architecture, build_target(recipe, target), dataset)
     plans, ranks = trainer.log.plans, runtime.world_size
     log = Log(recipe, plans, trainer.timers, ranks=ranks, peak_flops=None, active=runtime.is_logging_rank)
     train(dataclasses.replace(trainer, log=log))
@@ -125,7 +125,8 @@ def documents_by_step(workdir: Path) -> tuple[dict[int, set], list[tuple[int, se
 @pytest.mark.slow
 def test_a_long_run_killed_and_moved_is_the_one_left_alone(tmp_path: Path) -> None:
     from megatron_fuse.report.loss_curve import write_loss_curve
-    from megatron_fuse.training.metrics import LOSS_CURVE, METRICS, metrics_directory, read_metrics
+    from megatron_fuse.training.directories import metrics_directory
+    from megatron_fuse.training.metrics import LOSS_CURVE, METRICS, read_metrics
 
     seed = int(os.environ.get("SOAK_SEED", random.randrange(2**32)))
     draw = random.Random(seed)

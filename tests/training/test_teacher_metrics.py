@@ -15,7 +15,8 @@ from test_guards import make_tiny_trainer
 from test_layouts import layout, one_report, run_training
 from transformers import AutoModelForCausalLM
 
-from megatron_fuse.training.metrics import METRICS, metrics_directory, read_metrics
+from megatron_fuse.training.directories import metrics_directory
+from megatron_fuse.training.metrics import METRICS, read_metrics
 
 NAMES = ("teacher mass", "student mass", "agreement")
 TEMPERATURE = 1.5

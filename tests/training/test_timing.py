@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_guards import make_tiny_trainer
 from test_layouts import layout
 
-from megatron_fuse.training.metrics import METRICS, metrics_directory, read_metrics
+from megatron_fuse.training.directories import metrics_directory
+from megatron_fuse.training.metrics import METRICS, read_metrics
 
 ONCE_A_STEP = {"forward-backward", "all-grads-sync", "optimizer"}
 ONCE_A_MICRO_BATCH = {"forward-compute", "batch-generator", "backward-compute"}
