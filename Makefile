@@ -9,7 +9,8 @@ BIN = .venv/bin
 READY = .venv/ready-$(VERSION)
 READY_FOR_TESTS = .venv/ready-for-tests-$(VERSION)
 # Without --no-compile pip would compile every module of every package, one after the other. Python compiles those that are imported.
-INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
+# Twice quiet: newer versions of pip show the warnings of builds.
+INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-compile -c $(CONSTRAINTS)
 export OMP_NUM_THREADS ?= 1
 # Some container images set this variable. Then every process would compile all modules that it imports: 12 CPU seconds more for torch and
 # transformers, in each of the hundreds of processes that the tests start.
@@ -24,6 +25,7 @@ define VENV
 	@$(PYTHON) -c 'import sys; v = sys.version_info; assert v >= (3, 11), f"Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}: set PYTHON=..."'
 	@test ! -e .venv || test -e $(BIN)/python$(VERSION) || { echo ".venv is of another Python than $(VERSION): leave PYTHON out to use it, or remove it (rm -r .venv) to have it made anew"; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(INSTALL) --upgrade pip || true  # the pip of Python 3.11 takes twice the CPU time; if there is no newer one, it will do
 	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 endef
 

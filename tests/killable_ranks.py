@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 import torch
-from rank_pool import _free_port, forked
+from ports import free_port
+from rank_pool import forked
 
 from megatron_fuse.errors import exit_code
 from megatron_fuse.processes import end_with
@@ -55,7 +56,7 @@ class KillableRanks:
         A UserError ends a rank with exit code 2. torchrun: under torch's own agent, whose process is then the
         only one returned.
         """
-        port = _free_port()
+        port = free_port()
         workdir.mkdir(exist_ok=True)
         if torchrun:
             plans = [(_run_torchrun, (world_size, port, workdir, function, *arguments))]

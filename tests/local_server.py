@@ -4,7 +4,6 @@ a scripted one for faults.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -17,11 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, BinaryIO
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+from ports import free_port
 
 
 class RealServer:

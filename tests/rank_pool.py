@@ -8,7 +8,6 @@ import gc
 import multiprocessing.forkserver
 import os
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from unittest.mock import patch
 
 import pytest
 import torch.multiprocessing  # noqa: F401  (for tensors between processes)
+from ports import free_port
 
 MOST_RANKS = 4
 # Those of a few runtimes, each of which has about 20. A run that ends with an error may keep its own until
@@ -45,12 +45,6 @@ def forked() -> ForkServerContext:
     with patch.dict(os.environ, WITHOUT_GPU):
         multiprocessing.forkserver.ensure_running()
     return context
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _next_task(tasks: Any) -> Any:
@@ -130,7 +124,7 @@ class RankPool:
     def __call__(
         self, world_size: int, function: Callable, *arguments: Any, timeout: float = 600
     ) -> list[Any]:
-        port = _free_port()
+        port = free_port()
         for rank in range(world_size):
             self.tasks[rank].put((rank, world_size, port, function, arguments))
         answers: dict[int, Any] = {}

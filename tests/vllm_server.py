@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from local_server import free_port
+from ports import free_port
 from small_models import save_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 

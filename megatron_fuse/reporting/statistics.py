@@ -12,6 +12,7 @@ differences are shrunk towards their common value, as far as they agree (the mod
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import NormalDist
 
 LEVEL = 0.05  # the chance of a false finding that the rows of a table allow, for each metric
@@ -151,6 +152,7 @@ def t_tail(t: float, degrees: int) -> float:
     return max(0.0, (1 - inside) / 2)
 
 
+@cache
 def t_quantile(share: float, degrees: int) -> float:
     """The point of Student's t below which `share` (0.5 to 1) of its mass lies, by bisection."""
     low, high = 0.0, 1.0

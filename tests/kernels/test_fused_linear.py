@@ -327,7 +327,7 @@ def compare_with_whole(seed: int) -> dict[str, str]:
     return complaints
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_shards_equal_the_whole(size, ranks):
     seed = random.randrange(2**31)
     for complaints in ranks(size, compare_with_whole, seed):

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_server import Act, Asked, RealServer, completion, free_port, scripted
+from local_server import Act, Asked, RealServer, completion, scripted
 from log_lines import logged
+from ports import free_port
+from rank_pool import forked
 from served_recipes import KEY, answers, assert_nowhere, echo, journals, number, recipe_for
 from small_models import save_model
 from small_tokenizers import make_tokenizer
@@ -25,7 +27,9 @@ from megatron_fuse.errors import UserError
 from megatron_fuse.huggingface.formats import load_format
 from megatron_fuse.instructions import load_examples, prepare_instructions
 from megatron_fuse.progress import Progress
+from megatron_fuse.recipe import Recipe
 from megatron_fuse.responses import RESPONSES, Response, generate_responses
+from megatron_fuse.responses.journal import open_journal
 from megatron_fuse.sources.listed_models import unlisted
 from megatron_fuse.stages import Context
 
@@ -554,25 +558,40 @@ def test_the_key_reaches_the_server_and_no_file(
     assert_nowhere(KEY, tmp_path, capfd)
 
 
+def answer(recipe: Recipe) -> None:
+    generate_responses(Context(recipe), "served")
+
+
 def test_two_processes_do_not_ask_for_the_same_answers(model: Path, tmp_path: Path) -> None:
+    """The second waits for the first."""
     asked_once, may_answer = threading.Event(), threading.Event()
 
     def script(asked: Asked) -> Act:
         asked_once.set()
-        may_answer.wait(20)
+        may_answer.wait(60)
         return echo(asked)
 
     with scripted(script) as server:
-        recipe = recipe_for(model, tmp_path, server.url)
-        first = threading.Thread(target=generate_responses, args=(Context(recipe), "served"))
+        recipe = recipe_for(model, tmp_path, server.url, timeout=120)
+        first = forked().Process(target=answer, args=(recipe,))  # two threads would share their locks
         first.start()
-        assert asked_once.wait(20)
-        with pytest.raises(UserError, match=r"answers-00000.tmp: another process requests the same answers"):
-            generate_responses(Context(recipe), "served")
-        may_answer.set()
+        assert asked_once.wait(60)
+        threading.Timer(2, may_answer.set).start()  # until then the second would ask, if it did not wait
+        answer(recipe)
         first.join()
+        assert first.exitcode == 0
         assert {row.response for row in answers(recipe).values()} == {f"answer {n}" for n in range(8)}
     assert len(server.asked) == 8
+
+
+def test_a_journal_is_open_once(tmp_path: Path) -> None:
+    path = tmp_path / ".answers-00000.tmp"
+    with (
+        open_journal(path),
+        pytest.raises(UserError, match=r"answers-00000.tmp: another process requests the same answers"),
+        open_journal(path),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(
