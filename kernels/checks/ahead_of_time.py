@@ -71,12 +71,12 @@ def up_to(most: int, numbers: Sequence[int]) -> list[int]:
 
 
 def variants(
-    dtype: str, modes: Sequence[int], most_slots: int
+    dtype: str, modes: Sequence[int], most_slots: int, caps: Sequence[float | None]
 ) -> Iterator[tuple[str, dict[str, object], int]]:
     """(kernel, constants, warps) of everything that a launch may choose, at the sizes of real runs.
 
-    modes: the kernels' ways of taking the temperature (T_MODE). most_slots: the largest K.
-    A constant None is an argument that is left out. Kernels that take CAP occur with and without a cap.
+    modes: the kernels' ways of taking the temperature (T_MODE). most_slots: the largest K. caps: the values
+    of CAP. A constant None is an argument that is left out.
     """
     size = {"bf16": 2, "fp16": 2, "fp32": 4}[dtype]
     launch = choose_launch(8192, 128256, size, 132)
@@ -85,7 +85,7 @@ def variants(
             yield "gather_kernel", {"TAIL": tail, "K": slots}, gather_warps(slots)
     yield "loss_kernel", {"B": 128}, 4
     yield "scale_kernel", {"BLOCK": launch.block, "ROUND": False}, launch.warps
-    for cap in ({"CAP": None}, {"CAP": _SOFTCAP}):
+    for cap in ({"CAP": value} for value in caps):
         for slots in up_to(most_slots, (16, 128)):
             yield "finish_kernel", {"K": slots, "STATISTICS": None, **cap}, 1
             yield "finish_kernel", {"K": slots, "RESULTS": None, "COEFFICIENTS": None, **cap}, 1
@@ -174,10 +174,12 @@ def main() -> int:
         "--modes", type=int, nargs="+", default=[0, 1, 2, 4], help="values of T_MODE, default all"
     )
     parser.add_argument("--most-slots", type=int, default=128, help="largest K, default 128")
+    parser.add_argument("--without-cap", action="store_true", help="leave out the kernels with a cap")
     arguments = parser.parse_args()
+    caps = [None] if arguments.without_cap else [None, _SOFTCAP]
     failed = False
     for capability in arguments.capability:
-        for name, constants, warps in variants(arguments.dtype, arguments.modes, arguments.most_slots):
+        for name, constants, warps in variants(arguments.dtype, arguments.modes, arguments.most_slots, caps):
             compiled = compile_kernel(name, constants, warps, capability, arguments.dtype)
             failed |= bool(problems(compiled))
             print(json.dumps({**asdict(compiled), "problems": problems(compiled)}), flush=True)

@@ -47,7 +47,7 @@ def random_model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> Llam
             LlamaConfig(**sizes, max_position_embeddings=_POSITIONS, initializer_range=0.2)
         )
     # transformers' decorator of `to` hides its arguments from mypy.
-    return model.to(dtype).eval().requires_grad_(False)  # type: ignore[arg-type]
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 def _both(device: str) -> list[LlamaForCausalLM]:

@@ -43,7 +43,7 @@ def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[
         raise not_loadable(directory, error, allowed_by=allowed_by) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # transformers' wrapper of `to` hides its arguments from mypy.
-    return chat, model.to(device).eval()  # type: ignore[arg-type]
+    return chat, model.to(device).eval()
 
 
 def answer(chat: ChatFormat, model: Any, messages: Messages, generation: dict[str, Any]) -> str:

@@ -22,6 +22,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Models]:
     return build_world(tmp_path_factory.mktemp("answered"))
 
 
+@pytest.fixture
+def fresh(world: tuple[Path, Models], tmp_path: Path) -> Recipe:
+    """`world` in a directory of the test's own, without captures."""
+    return fresh_recipe(world, tmp_path)
+
+
 @pytest.fixture(scope="session")
 def captured(world: tuple[Path, Models], tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """SOURCE has read the ground truth, and all entries are stored; to be read."""

@@ -18,10 +18,6 @@ from megatron_fuse.evaluation.harness import local_task, make_task_manager
 from megatron_fuse.evaluation.scoring import last_number, last_numbers, truthful_mass
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'megatron-fuse[eval]'")
-from lm_eval.api.task import ConfigurableTask  # noqa: E402
-from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
-from lm_eval.tasks.truthfulqa.utils import process_results_mc2  # noqa: E402
-
 HARNESS_TASKS = Path(lm_eval.__file__).parent / "tasks"
 HARNESS_FILES = {
     "arc_challenge": "arc/arc_challenge.yaml",
@@ -32,6 +28,14 @@ HARNESS_FILES = {
     "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",
     "gsm8k": "gsm8k/gsm8k.yaml",
 }
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    from lm_eval.tasks._yaml_loader import (
+        load_yaml,  # brings datasets and pandas, which other tests do without
+    )
+
+    return load_yaml(path)
 
 
 def requests_of(task: Any, shots: int, limit: int | None = None) -> list[Any]:
@@ -59,6 +63,8 @@ def test_a_task_over_files_makes_the_prompts_of_the_harness_s_own(name: str, tmp
     files = {
         split: str(write_rows(tmp_path / f"{split}.jsonl", of)) for split, of in hub_rows(name, rows).items()
     }
+    from lm_eval.api.task import ConfigurableTask
+
     own = load_yaml(HARNESS_TASKS / HARNESS_FILES[name])
     splits = {"training_split": None, "validation_split": None, "test_split": "test"}
     if BENCHMARKS[name].examples_in_same_file and BENCHMARKS[name].shots:
@@ -144,6 +150,8 @@ answers = st.lists(st.tuples(st.floats(-200, 0), st.booleans()), min_size=2, max
 def test_truthful_mass_is_the_harness_s_and_survives_underflow(
     answers: list, true: st.DataObject, shift: float
 ) -> None:
+    from lm_eval.tasks.truthfulqa.utils import process_results_mc2
+
     labels = true.draw(st.lists(st.integers(0, 1), min_size=len(answers), max_size=len(answers)))
     doc = {"mc2_targets": {"labels": labels}}
     expected = process_results_mc2(doc, answers)["acc"]

@@ -1,4 +1,4 @@
-"""The law of campaign.py over all targets: 500 cases in a plain run, FUZZ_CASES (20,000) under `slow`.
+"""The law of campaign.py over all targets: 300 cases in a plain run, FUZZ_CASES (20,000) under `slow`.
 
 FUZZ_SEED: another draw. FUZZ_TARGET: only the targets whose name begins so. FUZZ_CASE: with both, this case
 alone. FUZZ_COUNTS: a file that gets the counts of every target as one JSON line.
