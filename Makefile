@@ -25,7 +25,7 @@ define VENV
 	@$(PYTHON) -c 'import sys; v = sys.version_info; assert v >= (3, 11), f"Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}: set PYTHON=..."'
 	@test ! -e .venv || test -e $(BIN)/python$(VERSION) || { echo ".venv is of another Python than $(VERSION): leave PYTHON out to use it, or remove it (rm -r .venv) to have it made anew"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(INSTALL) --upgrade pip || true  # the pip of Python 3.11 takes twice the CPU time; if there is no newer one, it will do
+	$(INSTALL) --upgrade pip || true  # Python 3.11's pip takes twice the CPU time; it is used if there is no newer one
 	$(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 endef
 

@@ -17,7 +17,10 @@ from megatron_fuse.recipe.model_parallel import SEQUENCE_MULTIPLE
 
 @dataclass(frozen=True)
 class Target:
-    """directory: that of its Hugging Face files."""
+    """The model that a recipe trains.
+
+    directory: its Hugging Face files. architecture: as its config describes it.
+    """
 
     directory: Path
     architecture: Architecture

@@ -148,9 +148,9 @@ def _become_rank(workdir: Path, function: Callable, *arguments: Any) -> None:
     rank = int(os.environ.get("RANK", 0))
     _print_to(workdir / f"output-{rank}.txt")
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        # If several ranks end within one look of the agent, it shows the error of one of them, and not always
-        # of the first. torchrun, whose ranks are no forks, shows them all.
-        os.environ["TORCHELASTIC_ERROR_FILE"] = str(workdir / f"output-error-{rank}.json")
+        # If several ranks end at about the same time, the agent shows the error of one fork, which may not be
+        # the first. torchrun starts its ranks as commands, and shows all errors.
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(workdir / f"output-error-{rank}.txt")
     torch.set_num_threads(1)
     if code := exit_code(partial(function, rank, *arguments)):
         sys.exit(code)

@@ -23,18 +23,25 @@ def logged(level: str = "info") -> Iterator[io.StringIO]:
 @contextmanager
 def at_every_shard(act: Callable[[str], None]) -> Iterator[None]:
     """Calls act(line) after every shard that is made, with the line about it. act may raise an exception."""
+    with at_messages_of_shards(logging.DEBUG, act):
+        yield
+
+
+@contextmanager
+def at_messages_of_shards(level: int, act: Callable[[str], None]) -> Iterator[None]:
+    """Calls act(line) at each message of this level about the shards of a stage."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             act(record.getMessage())
 
     logger, handler = logging.getLogger("megatron_fuse.storage.stage"), Handler()
-    handler.addFilter(lambda record: record.levelno == logging.DEBUG)
-    level = logger.level
+    handler.addFilter(lambda record: record.levelno == level)
+    before = logger.level
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
+    logger.setLevel(level)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.setLevel(before)
         logger.removeHandler(handler)

@@ -1,4 +1,4 @@
-"""Ports for tests whose processes meet at one."""
+"""Ports for tests whose processes listen at one."""
 
 import random
 import socket

@@ -11,6 +11,7 @@ import queue
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -77,31 +78,35 @@ def _serve(tasks: Any, results: Any) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        results.put((rank, *_answer(function, arguments)))
-        del task, arguments  # an error among them would keep the frames of the run that raised it
+        try:
+            value = function(*arguments)
+            _leave_world()
+            if (left := threads_of_gloo()) > MOST_THREADS_LEFT:
+                raise RuntimeError(f"{left} threads of gloo are left by this test and those before it here")
+            results.put((rank, value, None))
+        except BaseException:
+            # First, because the end of a runtime may wait for the other ranks.
+            results.put((rank, None, traceback.format_exc()))
+            _leave_world()
+        # An exception among the arguments keeps the frames of the run that raised it.
+        del task, function, arguments
 
 
-def _answer(function: Callable, arguments: tuple) -> tuple[Any, str | None]:
-    """The function's value, or the traceback of its error, after its runtime has ended."""
-    value = error = None
-    try:
-        value = function(*arguments)
-    except BaseException:
-        error = traceback.format_exc()
+def _leave_world() -> None:
     from megatron_fuse.runtime import stop_runtime
 
     stop_runtime()
     # Else the cycles among Megatron's objects keep process groups.
     gc.collect()
-    if error is None and (left := threads_of_gloo()) > MOST_THREADS_LEFT:
-        error = f"{left} threads of gloo are left by this test and those before it in this process"
-    return value, error
 
 
 def threads_of_gloo() -> int:
     """The threads of this process's groups. Each wakes up a hundred times a second."""
-    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
-    return sum(name.startswith("gloo") for name in names)
+    count = 0
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # the thread has ended
+            count += path.read_text().startswith("gloo")
+    return count
 
 
 class RankPool:

@@ -1,8 +1,7 @@
-"""The recipe goes from one package to the next: no step of a process hands it to a package in which it has
-been, except to the Context.
+"""Each step of a process passes the recipe only to packages that no earlier step has used.
 
-The declarations of the stages (keys, options, parents) read the recipe for the Context and for the list of
-steps. They are no stops on its way.
+Calls from `stages`, which builds the Context, and from the list of stages are not counted: they read what a
+stage declares.
 """
 
 import sys
@@ -32,13 +31,15 @@ def place_of(frame: FrameType | None) -> tuple[str, ...]:
 
 
 def way_of_recipe(function: Callable, *arguments: Any) -> list[tuple[str, str]]:
-    """Which packages handed a recipe to which others as an argument, in the order of the calls."""
+    """(package of the caller, of the function called) of each call with a recipe as an argument, in order."""
     calls: list[tuple[str, str]] = []
 
     def watch(frame: FrameType, event: str, _: object) -> None:
+        if event != "call":
+            return
         code = frame.f_code
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        if event != "call" or not any(type(frame.f_locals.get(name)) is Recipe for name in names):
+        if not any(type(frame.f_locals.get(name)) is Recipe for name in names):
             return
         caller, callee = place_of(frame.f_back), place_of(frame)
         if caller[0] == "stages" or caller == ("pipeline", "stages"):
@@ -57,9 +58,10 @@ def way_of_recipe(function: Callable, *arguments: Any) -> list[tuple[str, str]]:
 def packages_of_each_step(calls: list[tuple[str, str]]) -> list[set[str]]:
     """The packages that each step uses.
 
-    A step is all that follows when the first package hands the recipe to another one.
+    A step begins if the first package calls another one than at the step before. Calls that return to a
+    package within a step are not seen.
     """
-    first, steps, last = calls[0][1], list[set[str]](), ""
+    first, steps, last = calls[0][1], [set[str]()], ""
     for caller, callee in calls[1:]:
         if caller == first and callee != last:
             steps.append(set())
@@ -95,4 +97,4 @@ def test_a_package_is_entered_once(ranks: RankPool, copied: Recipe) -> None:
         steps = packages_of_each_step(calls)
         used = [package for step in steps for package in sorted(step)]
         assert len(used) == len(set(used)), steps
-        assert [package for package in wanted if package in used] == wanted, steps
+        assert [package for package in used if package in wanted] == wanted, steps

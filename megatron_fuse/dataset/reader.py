@@ -52,14 +52,13 @@ class FusionDataset:
         train, validation [*] int64: the examples of each split that have a document
         entries_per_row: the most entries that a row can have
         sha256: hash of all documents and of the choice between sources
-        text: the artifact of the text
         curriculum: the order of the examples, None if they are shuffled
         artifacts: all artifacts that hold documents; checksums.py compares their checksums
 
     Opening checks the sizes of all files against their manifests and indices, the indices against each other,
-    and the checksums of the small files that it reads whole: the lists of examples and the selections. It
-    reads no document. The content of a document is checked when it is read,
-    as far as its parts must fit each other.
+    and the checksums of the small files that it reads whole: the lists of examples, the selections and the
+    curriculum. It reads no document. The content of a document is checked when it is read, as far as its
+    parts must fit each other.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -68,7 +67,7 @@ class FusionDataset:
         # earlier stages that are there.
         context = Context(recipe)
         context.refuse_changed_options(data_parents(recipe))
-        self.text = text = context.open_alone(TEXT)
+        text = context.open_alone(TEXT)
         self.artifacts = [text]
         rows = read_examples(text)
         self.example_ids: list[str] = [row.id for row in rows]

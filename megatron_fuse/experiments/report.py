@@ -99,8 +99,8 @@ def _map_section(reported: Reported, name: str, table: Map, values: Values, path
     """One Markdown table and one heat map per metric: a row per scenario, a column per variant."""
     experiment = reported.experiment
     compared = comparisons(experiment, table, values)
-    runs = baselines(table)
-    of_map = [result for result in reported.results if result.variant in runs]
+    baseline_of = baselines(table)
+    of_map = [result for result in reported.results if result.variant in baseline_of]
     picture = experiment.results.with_name(f"{experiment.results.stem}-{name}.png")
     save_picture(draw_map(experiment.metrics, table, compared), picture)
     paragraphs = [f"## {table.title}"]

@@ -46,7 +46,6 @@ def random_model(sizes: dict[str, Any], device: str, dtype: torch.dtype) -> Llam
         model = LlamaForCausalLM(
             LlamaConfig(**sizes, max_position_embeddings=_POSITIONS, initializer_range=0.2)
         )
-    # transformers' decorator of `to` hides its arguments from mypy.
     return model.to(dtype).eval().requires_grad_(False)
 
 

@@ -165,7 +165,6 @@ def _read_again(device: str, recipe: Recipe) -> Row:
     exported = export_directory(recipe)
     metadata = json.loads((exported / "fusion.json").read_text(encoding="utf-8"))["facts"]
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=False)
-    # transformers' decorator of `to` hides its arguments from mypy.
     model = model.to(device).eval()
     loss = _cross_entropy(FusionDataset(recipe), model)
     difference = abs(loss - metadata["best_loss"]) / metadata["best_loss"]

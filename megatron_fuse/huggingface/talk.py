@@ -42,7 +42,6 @@ def load(directory: Path, system: str | None, trust_remote_code: bool) -> tuple[
     except Exception as error:  # transformers raises many types for missing or damaged files
         raise not_loadable(directory, error, allowed_by=allowed_by) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # transformers' wrapper of `to` hides its arguments from mypy.
     return chat, model.to(device).eval()
 
 

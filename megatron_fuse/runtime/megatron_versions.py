@@ -42,12 +42,14 @@ def complete_router() -> None:
 
 def forget_auxiliary_losses() -> None:
     """Removes the auxiliary losses that Megatron collects for its own log, and their process groups."""
-    from megatron.core.transformer.moe import moe_utils
+    try:  # from 0.18 on
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    except ImportError:
+        from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-    if hasattr(moe_utils, "get_moe_metrics_tracker"):  # from 0.18 on
-        moe_utils.get_moe_metrics_tracker().metrics.clear()
+        get_moe_layer_wise_logging_tracker().clear()
     else:
-        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+        destroy_moe_metrics_tracker()
 
 
 def submodules_of(spec: Any) -> Any:

@@ -29,11 +29,11 @@ FILES = {
 USER = [{"role": "user", "content": "Go on."}]
 # share of the rows that have a source row which has read the same bytes, as measured on these texts
 EXACT = {
-    "llama2 <- gpt_neox": 0.855,
-    "gpt_neox <- llama2": 0.984,
+    "llama2 <- gpt_neox": 0.856,
+    "gpt_neox <- llama2": 0.985,
     "llama2 <- gpt2": 0.843,
-    "gpt2 <- llama2": 0.977,
-    "llama2 <- cl100k": 0.816,
+    "gpt2 <- llama2": 0.980,
+    "llama2 <- cl100k": 0.817,
     "cl100k <- llama2": 0.991,
 }
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not there"
 
 @cache
 def responses() -> list[str]:
-    """Every third of the answers, which is enough for shares to 0.004."""
+    """Every third of the answers, of which EXACT are the shares."""
     with (DATA / "instructions/gpt4.jsonl").open(encoding="utf-8") as file:
         return [json.loads(line)["output"] for line in islice(file, 0, None, 3)]
 
@@ -76,7 +76,7 @@ def test_every_response_aligns_to_its_last_byte(pair: str) -> None:
     first = np.append(True, stops[:-1])
     assert not inside[first].any()
     share = 1 - inside.mean()
-    assert share == pytest.approx(EXACT[pair], abs=0.004)
+    assert share == pytest.approx(EXACT[pair], abs=0.002)
     classes = text_classes(chat(ours))[target.tokens]
     by_class = {name: 1 - inside[classes == place].mean() for place, name in enumerate(TEXT_CLASSES)}
     print(

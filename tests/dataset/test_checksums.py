@@ -20,7 +20,6 @@ from megatron_fuse.fusion_data.layout import fusion_directory
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.selection.array_file import read_arrays
 from megatron_fuse.selection.choice import selection_path
-from megatron_fuse.selection.curriculum import read_curriculum
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import Artifact
 
@@ -28,7 +27,6 @@ from megatron_fuse.storage import Artifact
 def opened(recipe: Recipe) -> FusionDataset:
     """As training opens fusion data, and compares it before its first checkpoint."""
     dataset = FusionDataset(recipe)
-    read_curriculum(recipe, dataset.text.sha256)
     verify_once(dataset.artifacts)
     return dataset
 

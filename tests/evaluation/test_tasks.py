@@ -31,11 +31,10 @@ HARNESS_FILES = {
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    from lm_eval.tasks._yaml_loader import (
-        load_yaml,  # brings datasets and pandas, which other tests do without
-    )
+    # Here, because it imports datasets and pandas, which the other tests do not need.
+    from lm_eval.tasks import _yaml_loader
 
-    return load_yaml(path)
+    return _yaml_loader.load_yaml(path)
 
 
 def requests_of(task: Any, shots: int, limit: int | None = None) -> list[Any]:

@@ -16,7 +16,6 @@ from megatron_fuse.dataset.checksums import verify_once
 from megatron_fuse.errors import UserError
 from megatron_fuse.recipe import Recipe
 from megatron_fuse.recipe.stage_options import ScheduleOptions
-from megatron_fuse.selection.curriculum import read_curriculum
 from megatron_fuse.stages import Context
 from megatron_fuse.storage import read_sealed, sha256_of_file, write_sealed
 from megatron_fuse.verification import verify_fusion_data
@@ -51,7 +50,7 @@ def all_that_training_reads(recipe: Recipe) -> str:
     and how.
     """
     dataset = FusionDataset(recipe)
-    order = read_curriculum(recipe, dataset.text.sha256)
+    order = dataset.curriculum
     verify_once(dataset.artifacts)
     digest = sha256(
         repr((dataset.sha256, order and order.sha256, dataset.example_ids, dataset.entries_per_row)).encode()

@@ -3,6 +3,7 @@ for what goes wrong.
 """
 
 import json
+import logging
 import re
 import runpy
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 from local_server import Act, Asked, RealServer, completion, scripted
-from log_lines import logged
+from log_lines import at_messages_of_shards, logged
 from ports import free_port
 from rank_pool import forked
 from served_recipes import KEY, answers, assert_nowhere, echo, journals, number, recipe_for
@@ -558,7 +559,7 @@ def test_the_key_reaches_the_server_and_no_file(
     assert_nowhere(KEY, tmp_path, capfd)
 
 
-def answer(recipe: Recipe) -> None:
+def generate(recipe: Recipe) -> None:
     generate_responses(Context(recipe), "served")
 
 
@@ -571,14 +572,21 @@ def test_two_processes_do_not_ask_for_the_same_answers(model: Path, tmp_path: Pa
         may_answer.wait(60)
         return echo(asked)
 
-    with scripted(script) as server:
+    def answer_if_it_waits(message: str) -> None:
+        if "waiting for shard 0" in message:
+            may_answer.set()
+
+    with scripted(script) as server, at_messages_of_shards(logging.INFO, answer_if_it_waits):
         recipe = recipe_for(model, tmp_path, server.url, timeout=120)
-        first = forked().Process(target=answer, args=(recipe,))  # two threads would share their locks
+        first = forked().Process(target=generate, args=(recipe,))  # two threads would share their locks
         first.start()
-        assert asked_once.wait(60)
-        threading.Timer(2, may_answer.set).start()  # until then the second would ask, if it did not wait
-        answer(recipe)
-        first.join()
+        try:
+            assert asked_once.wait(60)
+            generate(recipe)
+            assert may_answer.is_set()
+        finally:
+            may_answer.set()
+            first.join()
         assert first.exitcode == 0
         assert {row.response for row in answers(recipe).values()} == {f"answer {n}" for n in range(8)}
     assert len(server.asked) == 8

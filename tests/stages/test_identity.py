@@ -70,7 +70,7 @@ NOTICED = {
     "alignment.*": "fusion training",
     "selection.*": "fusion training",
     "loss.teacher_temperature": "captures fusion training",
-    "schedule.order": "fusion",  # a file of its own; training reads it with the order
+    "schedule.order": "fusion training",  # each order has a file of its own
     "training.seq_length": ALL,
 }
 # Keys that none of them notices, and why nothing that they write depends on it

@@ -44,9 +44,9 @@ def devices_after_a_step(
     with meta_in_place_of_cuda(), pytest.MonkeyPatch.context() as patched:
         # There are no values to compare.
         patched.setattr(targets, "load_hugging_face_weights", lambda *_: None)
-        trained = read_target(recipe)
-        chunks = targets.build_target(recipe, trained)
-        trainer = make_trainer(recipe, runtime, trained.architecture, chunks, SyntheticDataset())
+        model = read_target(recipe)
+        chunks = targets.build_target(recipe, model)
+        trainer = make_trainer(recipe, runtime, model.architecture, chunks, SyntheticDataset())
         step = trainer.schedule.step(0)
         assert step is not None
         weights = phase_weights(step.phase, progress=0.0, kl_factor=1.0)

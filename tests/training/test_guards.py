@@ -37,10 +37,8 @@ def make_tiny_trainer(workdir: Path, target: Path, sections: dict[str, Any]) -> 
 
     recipe = make_tiny_recipe(workdir, target, **sections)
     runtime = start_runtime(**recipe.parallel.sizes)
-    trained = read_target(recipe)
-    return make_trainer(
-        recipe, runtime, trained.architecture, build_target(recipe, trained), SyntheticDataset()
-    )
+    model = read_target(recipe)
+    return make_trainer(recipe, runtime, model.architecture, build_target(recipe, model), SyntheticDataset())
 
 
 def state_hash(trainer: Any) -> str:

@@ -54,9 +54,9 @@ def run_training(
 
     recipe = make_tiny_recipe(workdir, target, **sections)
     runtime = start_runtime(**recipe.parallel.sizes)
-    trained = read_target(recipe)
-    chunks = build_target(recipe, trained)
-    trainer = make_trainer(recipe, runtime, trained.architecture, chunks, SyntheticDataset())
+    model = read_target(recipe)
+    chunks = build_target(recipe, model)
+    trainer = make_trainer(recipe, runtime, model.architecture, chunks, SyntheticDataset())
     recorder = recorder or Recorder()
     train(dataclasses.replace(trainer, log=recorder))
     return dataclasses.asdict(recorder) if runtime.is_logging_rank else None
