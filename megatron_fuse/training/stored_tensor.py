@@ -40,8 +40,12 @@ def read_tensor(content: memoryview, place: str) -> torch.Tensor:
     return tensor
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads the pickle of one tensor. The numbers of the tensor are in other records of the file."""
+class _TensorUnpickler(pickle._Unpickler):
+    """Reads the pickle of one tensor. The numbers of the tensor are in other records of the file.
+
+    It is pickle's implementation in Python. That in C has a list of all objects whose length the pickle
+    states: one damaged byte can make it take tens of gigabytes.
+    """
 
     def __init__(self, content: bytes, numbers: Callable[[str], memoryview]) -> None:
         super().__init__(io.BytesIO(content))

@@ -2,6 +2,7 @@
 
 import io
 import random
+import tracemalloc
 
 import pytest
 import torch
@@ -72,6 +73,20 @@ def test_what_is_no_tensor_is_refused() -> None:
         torch.save(value, file)
         with pytest.raises(UserError, match="file is a"):
             read_tensor(memoryview(file.getvalue()), "file")
+
+
+def test_a_damaged_byte_takes_no_memory() -> None:
+    """BINPUT, which numbers an object by one byte, as LONG_BINPUT, which takes four."""
+    whole = bytes(stored(torch.arange(6.0).view(2, 3)))
+    place = whole.index(b"q\x00")
+    damaged = whole[:place] + b"r" + (1 << 24).to_bytes(4, "little") + whole[place + 5 :]
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="the file"):
+            read_tensor(memoryview(damaged), "the file")
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_damage_is_a_tensor_or_an_error_that_names_the_file() -> None:
