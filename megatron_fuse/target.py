@@ -75,8 +75,8 @@ def check_target_tokenizer(chat: ChatFormat, target: Target) -> None:
     chat: the target's format. Without this check, ids within the padding of the vocabulary would train
     without any error.
     """
-    # A special token, often that for padding, may lie beyond the vocabulary if no conversation holds it.
     architecture = target.architecture
+    # A special token, often that for padding, may lie beyond the vocabulary if no conversation holds it.
     used = chat.encode_conversation([{"role": "user", "content": "a"}], "a").ids.tolist()
     largest = max({*range(chat.tokenizer.vocab_size)} - chat.tokenizer.special_ids | {*used})
     if largest >= architecture.vocab_size:

@@ -43,8 +43,8 @@ def read_tensor(content: memoryview, place: str) -> torch.Tensor:
 class _TensorUnpickler(pickle._Unpickler):
     """Reads the pickle of one tensor. The numbers of the tensor are in other records of the file.
 
-    It is pickle's implementation in Python. That in C has a list of all objects whose length the pickle
-    states: one damaged byte can make it take tens of gigabytes.
+    It is pickle's implementation in Python. The one in C keeps its objects in a list, and the pickle states
+    their places: one damaged byte can make that list take tens of gigabytes.
     """
 
     def __init__(self, content: bytes, numbers: Callable[[str], memoryview]) -> None:

@@ -53,6 +53,8 @@ def our_requests(name: str, data: Path, cache: Path, limit: int | None = None) -
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_task_over_files_makes_the_prompts_of_the_harness_s_own(name: str, tmp_path: Path) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
     rows = question_files(seed=3)
     if name == "mmlu":
         rows |= {
@@ -62,8 +64,6 @@ def test_a_task_over_files_makes_the_prompts_of_the_harness_s_own(name: str, tmp
     files = {
         split: str(write_rows(tmp_path / f"{split}.jsonl", of)) for split, of in hub_rows(name, rows).items()
     }
-    from lm_eval.api.task import ConfigurableTask
-
     own = load_yaml(HARNESS_TASKS / HARNESS_FILES[name])
     splits = {"training_split": None, "validation_split": None, "test_split": "test"}
     if BENCHMARKS[name].examples_in_same_file and BENCHMARKS[name].shots:
